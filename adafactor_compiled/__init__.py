@@ -1,0 +1,8 @@
+"""Adafactor as transformers computes it, compiled."""
+
+from adafactor_compiled.adafactor import Adafactor
+from adafactor_compiled.schedule import AdafactorSchedule, get_adafactor_schedule
+
+__version__ = "0.1.0"
+
+__all__ = ["Adafactor", "AdafactorSchedule", "__version__", "get_adafactor_schedule"]

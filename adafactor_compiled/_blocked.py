@@ -1,0 +1,105 @@
+"""One step of one matrix, depth-first, in a form that Inductor turns into good loops on a CPU.
+
+A step reads the gradient and the parameter twice and writes the parameter once. That is possible because the RMS of the
+update needs no pass of its own: with `row` and `col` the new second-moment factors of a slice,
+
+    sum_ij update_ij^2 = sum_j (mean(row) / col_j) * sum_i gradient_ij^2 / row_i
+
+and `row_i` is known as soon as row i has been read, so that the inner sum is taken while a block of rows is still in cache.
+
+A matrix of R rows and C columns comes as [n, B, C]: n blocks of B rows. Leading dimensions, if any, are slices with factors
+of their own. Every size is dynamic, so that one graph serves every matrix of every network.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+
+
+def materialize(x: Tensor) -> Tensor:
+    """Have Inductor write `x` out once, instead of computing it again for each element of the loop that reads it."""
+    return torch.as_strided(x, x.shape, x.stride())
+
+
+class Sums(NamedTuple):
+    """What a step needs to know of a whole matrix; sums over blocks of rows add up to it."""
+
+    col_sq: Tensor  # [..., C]: sum over the rows of gradient^2
+    weighted_sq: Tensor  # [..., C]: the same, each row divided by its new row average
+    row: Tensor  # [...]: sum of the new row averages
+    param_sq: Tensor  # []: sum of parameter^2
+
+
+def statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> Sums:
+    """First reads of p and g, shape [..., n, B, C]; brings `row`, shape [..., n, B], up to date."""
+    numbers = Numbers.of(table)
+    p, squared = p.to(table.dtype), g.to(table.dtype).square()
+    new_row = materialize(row * numbers.beta2 + (squared.sum(-1) / g.shape[-1] + numbers.eps) * numbers.one_minus_beta2)
+    weight = materialize(1.0 / new_row).unsqueeze(-1)
+    # Sums over rows go through the sums of each block: a block's columns are read while its rows are in cache.
+    col_sq = materialize(squared.sum(-2)).sum(-2)
+    weighted_sq = materialize((squared * weight).sum(-2)).sum(-2)
+    row.copy_(new_row)
+    return Sums(col_sq, weighted_sq, _sum_twice(new_row), materialize(p.square().sum(-1)).sum())
+
+
+def _sum_twice(x: Tensor) -> Tensor:
+    return materialize(x.sum(-1)).sum(-1)
+
+
+class Factors(NamedTuple):
+    """What turns a gradient into a step: p <- p * decay - g * sqrt(row_mean / row) * scale * col_factor."""
+
+    row_mean: Tensor  # [...]
+    col_factor: Tensor  # [..., C]
+    scale: Tensor  # []
+    decay: Tensor  # []
+
+
+def factors(sums: Sums, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, rows: int, numel: int) -> Factors:
+    """The small work between the two reads; brings `col`, shape [..., C], and both RMS, shape [1], up to date."""
+    numbers = Numbers.of(table)
+    new_col = materialize(col * numbers.beta2 + (sums.col_sq / rows + numbers.eps) * numbers.one_minus_beta2)
+    row_mean = sums.row / rows
+    update_sq = (sums.weighted_sq * (row_mean.unsqueeze(-1) / new_col)).sum()
+    new_rms, new_update_rms = (sums.param_sq / numel).sqrt(), (update_sq / numel).sqrt()
+    alpha = step_size(numbers, new_rms)
+    scale = numbers.sign * alpha / clip_divisor(numbers, new_update_rms)
+    col.copy_(new_col)
+    rms.copy_(new_rms)
+    update_rms.copy_(new_update_rms)
+    return Factors(row_mean, materialize(new_col.rsqrt()), scale, 1.0 - numbers.weight_decay * alpha)
+
+
+def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor) -> None:
+    """Second reads of p and g, and the only write of p."""
+    numbers = Numbers.of(table)
+    row_mean = f.row_mean.reshape(f.row_mean.shape + (1,) * (row.ndim - f.row_mean.ndim))
+    col_factor = f.col_factor.reshape(f.col_factor.shape[:-1] + (1,) * (g.ndim - f.col_factor.ndim) + g.shape[-1:])
+    row_factor = materialize((row_mean / row).sqrt() * f.scale).unsqueeze(-1)
+    update = g.to(table.dtype) * row_factor * col_factor
+    if exp_avg is not None:
+        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
+        exp_avg.copy_(update)
+    p.copy_(p.to(table.dtype) * f.decay - update)
+
+
+def step_matrix(
+    p: Tensor,
+    g: Tensor,
+    row: Tensor,
+    col: Tensor,
+    exp_avg: Tensor | None,
+    rms: Tensor,
+    update_rms: Tensor,
+    table: Tensor,
+) -> None:
+    """A whole step of a matrix that fits in cache."""
+    sums = statistics(p, g, row, table)
+    f = factors(sums, col, rms, update_rms, table, g.shape[-3] * g.shape[-2], g.numel())
+    apply(p, g, row, exp_avg, f, table)

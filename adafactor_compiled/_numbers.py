@@ -1,0 +1,115 @@
+"""The numbers of a step: every hyperparameter and everything derived from the step count, as data.
+
+Compiled code never sees a Python number that may change: it sees one vector for each parameter, laid out as `Numbers`.
+A learning-rate schedule, another weight decay or a parameter that joined late is then new data for the same graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._options import Group
+
+
+class Numbers(NamedTuple):
+    """What a pass reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones."""
+
+    lr: Tensor  # the learning rate before it is scaled by the parameter's RMS
+    beta2: Tensor
+    one_minus_beta2: Tensor
+    eps: Tensor  # added to the squared gradient
+    min_scale: Tensor  # the least RMS by which the learning rate is scaled
+    scale_parameter: Tensor  # 1 or 0
+    clip_threshold: Tensor  # inf: no clipping
+    beta1: Tensor
+    one_minus_beta1: Tensor
+    weight_decay: Tensor
+    sign: Tensor  # -1 to maximize
+
+    @classmethod
+    def of(cls, table: Tensor) -> Numbers:
+        """Split a table of shape [..., len(Numbers)]."""
+        return cls(*table.unbind(-1))
+
+    def unsqueeze(self, ndim: int) -> Numbers:
+        """Give [k] vectors `ndim` trailing dimensions of size 1, to broadcast over k stacked tensors."""
+        return Numbers(*(x.reshape(x.shape + (1,) * ndim) for x in self))
+
+
+def relative_lr(group: Group, step: Any) -> Any:
+    """The learning rate of `relative_step`, of a step count that is an int or a tensor."""
+    if isinstance(step, Tensor):
+        rate = step.rsqrt()
+        return torch.minimum(1e-6 * step, rate) if group["warmup_init"] else rate.clamp(max=1e-2)
+    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
+
+
+def unscaled_lr(group: Group, step: Any) -> Any:
+    return relative_lr(group, step) if group["relative_step"] else group["lr"]
+
+
+def _row(group: Group, step: Any) -> list[Any]:
+    """The fields of `Numbers` for a group at a step count: Python numbers, or tensors where an input is one."""
+    one_minus_beta2 = step ** group["decay_rate"]
+    beta1 = group["beta1"] or 0.0
+    clip_threshold = group["clip_threshold"]
+    return [
+        unscaled_lr(group, step),
+        1.0 - one_minus_beta2,
+        one_minus_beta2,
+        group["eps"][0],
+        group["eps"][1],
+        float(group["scale_parameter"]),
+        math.inf if clip_threshold is None else clip_threshold,
+        beta1,
+        1.0 - beta1,
+        group["weight_decay"],
+        -1.0 if group["maximize"] else 1.0,
+    ]
+
+
+def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of one group at one step count, as a vector of shape [len(Numbers)], or [k, len(Numbers)] where `step`
+    is a vector of k step counts.
+
+    Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
+    """
+    row = _row(group, step)
+    if not any(isinstance(x, Tensor) for x in row):
+        return _to_device(torch.tensor(row, dtype=dtype), device)
+    shape = step.shape if isinstance(step, Tensor) else ()
+    return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
+
+
+def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full(shape, value, dtype=dtype, device=device)
+    if value.numel() == 1:
+        value = value.reshape(())
+    return value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return table
+    if device.type == "cuda":
+        table = table.pin_memory()  # a copy from pageable memory would wait for the device
+    return table.to(device, non_blocking=True)
+
+
+def step_size(numbers: Numbers, param_rms: Tensor) -> Tensor:
+    """The learning rate scaled by the parameter's RMS (a NaN stays NaN)."""
+    scale = torch.maximum(param_rms, numbers.min_scale)
+    alpha: Tensor = numbers.lr * torch.where(numbers.scale_parameter > 0, scale, 1.0)
+    return alpha
+
+
+def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
+    """What the update is divided by, so that its RMS does not exceed the threshold."""
+    ratio: Tensor = update_rms / numbers.clip_threshold
+    return ratio.clamp(min=1.0)

@@ -1,0 +1,156 @@
+"""One step of a whole shape class, breadth-first: the numbered steps of `_reference.py` over k members at once.
+
+The parameters and gradients, which are large, are lists stepped by `torch._foreach_*` operations where they lie. What is
+small (the second-moment factors, the numbers) is stacked along a first dimension of size k. So is a class of vectors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+
+# Runs a function on arguments: compiled, or to note what would be compiled. The tuple says what a graph of it depends on.
+Runner = Callable[..., Any]
+
+
+class Members(NamedTuple):
+    """The tensors of k parameters of one shape class, each field a list of k (empty where the class has none)."""
+
+    params: list[Tensor]
+    grads: list[Tensor]
+    rows: list[Tensor]
+    cols: list[Tensor]
+    exp_avg_sqs: list[Tensor]
+    exp_avgs: list[Tensor]
+    rms: list[Tensor]
+    update_rms: list[Tensor]  # written: the RMS of the update before clipping
+
+
+def step_class(members: Members, table: Tensor) -> None:
+    """Step k members in place; `table` holds their `Numbers`, shape [k, len(Numbers)]."""
+    if members.rows:
+        _step_matrices(members, table)
+    else:
+        _step_vectors(members, table)
+
+
+def _step_matrices(members: Members, table: Tensor) -> None:
+    numbers = Numbers.of(table)
+    n = members.params[0].numel()
+    ndim = members.params[0].ndim
+    params, grads = _to(members.params, table.dtype), _to(members.grads, table.dtype)
+
+    param_rms = torch.stack(torch._foreach_norm(params)) / n**0.5  # 2
+    alpha = step_size(numbers, param_rms)  # 3, 4
+
+    squared = torch._foreach_mul(grads, grads)  # 5
+    row = _moving_average(members.rows, [s.mean(-1) for s in squared], numbers.unsqueeze(ndim - 1))
+    col = _moving_average(members.cols, [s.mean(-2) for s in squared], numbers.unsqueeze(ndim - 1))
+    del squared
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+    update = list(torch._foreach_mul(grads, row_factor.unbind()))
+    torch._foreach_mul_(update, col.rsqrt().unsqueeze(-2).unbind())
+
+    update_rms = torch.stack(torch._foreach_norm(update)) / n**0.5  # 6
+    scale = numbers.sign * alpha / clip_divisor(numbers, update_rms)
+    torch._foreach_mul_(update, scale.unbind())  # 7
+
+    if members.exp_avgs:  # 8
+        torch._foreach_mul_(members.exp_avgs, numbers.beta1.unbind())
+        torch._foreach_mul_(update, numbers.one_minus_beta1.unbind())
+        torch._foreach_add_(members.exp_avgs, update)
+        update = members.exp_avgs
+    decayed = torch._foreach_mul(params, (1.0 - numbers.weight_decay * alpha).unbind())  # 9
+    torch._foreach_copy_(members.params, torch._foreach_sub(decayed, update))  # 10
+
+    torch._foreach_copy_(members.rms, param_rms.unbind())
+    torch._foreach_copy_(members.update_rms, update_rms.unbind())
+
+
+def _step_vectors(members: Members, table: Tensor) -> None:
+    """Vectors and 0-dim parameters are stacked: [k, n] costs one copy and few operations."""
+    with_stacked(members, lambda stacked: step_stacked(stacked, table))
+
+
+class Stacked(NamedTuple):
+    """k vectors of n elements as tensors of shape [k, n]; what is one number for each has shape [k, 1]."""
+
+    params: Tensor
+    grads: Tensor
+    exp_avg_sqs: Tensor
+    exp_avgs: Tensor | None
+    rms: Tensor
+    update_rms: Tensor
+
+
+def one_vector(members: Members, i: int) -> Stacked:
+    """The i-th vector alone, where it lies."""
+    params, grads, exp_avg_sqs, rms, update_rms = (
+        x[i].view(1, -1) for x in (members.params, members.grads, members.exp_avg_sqs, members.rms, members.update_rms)
+    )
+    exp_avgs = members.exp_avgs[i].view(1, -1) if members.exp_avgs else None
+    return Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms)
+
+
+def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
+    """Run `step` on the stacked vectors of a class and put the results back."""
+    params, exp_avg_sqs, rms, update_rms = map(_stack, (members.params, members.exp_avg_sqs, members.rms, members.update_rms))
+    exp_avgs = _stack(members.exp_avgs) if members.exp_avgs else None
+    step(Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms))
+    _unstack_(members.params, params)
+    _unstack_(members.exp_avg_sqs, exp_avg_sqs)
+    if exp_avgs is not None:
+        _unstack_(members.exp_avgs, exp_avgs)
+    _unstack_(members.rms, rms)
+    _unstack_(members.update_rms, update_rms)
+
+
+def step_stacked(x: Stacked, table: Tensor) -> None:
+    """Step k stacked vectors in place."""
+    numbers = Numbers.of(table).unsqueeze(1)
+    p, g = x.params.to(table.dtype), x.grads.to(table.dtype)
+
+    param_rms = _rms(p)  # 2
+    alpha = step_size(numbers, param_rms)  # 3, 4
+    v = x.exp_avg_sqs * numbers.beta2 + (g * g + numbers.eps) * numbers.one_minus_beta2  # 5
+    update = g * v.rsqrt()
+    update_rms = _rms(update)  # 6
+    update = update * (numbers.sign * alpha / clip_divisor(numbers, update_rms))  # 7
+    if x.exp_avgs is not None:  # 8
+        update = x.exp_avgs * numbers.beta1 + update * numbers.one_minus_beta1
+        x.exp_avgs.copy_(update)
+    x.params.copy_(p - p * (numbers.weight_decay * alpha) - update)  # 9, 10
+
+    x.exp_avg_sqs.copy_(v)
+    x.rms.copy_(param_rms)
+    x.update_rms.copy_(update_rms)
+
+
+def _moving_average(averages: list[Tensor], means: list[Tensor], numbers: Numbers) -> Tensor:
+    """Bring the row or column averages up to date and return them stacked."""
+    new = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
+    torch._foreach_copy_(averages, new.unbind())
+    return new
+
+
+def _rms(x: Tensor) -> Tensor:
+    """The root mean square of each row of [k, n], as [k, 1]."""
+    return (x * x).mean(-1, keepdim=True).sqrt()
+
+
+def _to(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return tensors if tensors[0].dtype == dtype else [x.to(dtype) for x in tensors]
+
+
+def _stack(tensors: Sequence[Tensor]) -> Tensor:
+    """[k, n] of k vectors of n elements (n = 1 for 0-dim ones)."""
+    return torch.stack([x.reshape(-1) for x in tensors])
+
+
+def _unstack_(tensors: list[Tensor], stacked: Tensor) -> None:
+    torch._foreach_copy_(tensors, [x.view_as(t) for x, t in zip(stacked.unbind(), tensors, strict=True)])

@@ -1,0 +1,111 @@
+"""What one step does: the parameters that take part, checked, and how they are grouped."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._numbers import numbers_of
+from adafactor_compiled._options import Group, check_gradient
+from adafactor_compiled._passes import Members
+from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, shape_class_of
+from adafactor_compiled._state import State, complete
+
+
+class Entry(NamedTuple):
+    """A parameter that takes part in a step."""
+
+    position: int  # counted over all groups
+    param: Tensor
+    grad: Tensor
+    state: State
+    group: Group
+
+
+class Part(NamedTuple):
+    """Entries that are stepped together, by their positions, and how."""
+
+    path: str
+    shape_class: ShapeClass
+    positions: list[int]
+
+
+class Plan(NamedTuple):
+    made_for: list[Any]
+    parts: list[Part]
+    update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
+
+
+def entries_of(groups: list[Group], state: Mapping[Tensor, State]) -> list[Entry]:
+    """The parameters that have a gradient; raises RuntimeError for a gradient that does not fit, before anything changes."""
+    entries, position = [], -1
+    for group in groups:
+        for param in group["params"]:
+            position += 1
+            grad = param.grad
+            if grad is not None:
+                check_gradient(param, grad, position)
+                entries.append(Entry(position, param, grad, state[param], group))
+    return entries
+
+
+def path_of(group: Group) -> str:
+    if group["foreach"] is False:
+        return "reference"
+    return "multi_tensor" if group["compile"] is False else "compiled"
+
+
+def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
+    """The plan of a step: the last one, where nothing has changed that it depends on."""
+    keys = [(path_of(group), shape_class_of(param, grad, group["beta1"] is not None)) for _, param, grad, _, group in entries]
+    made_for = [*keys, *((len(entry.state), entry.group["capturable"]) for entry in entries)]
+    if last is not None and last.made_for == made_for:
+        return last
+    for entry in entries:
+        complete(entry.state, entry.param, entry.group)
+    made_for[len(keys) :] = [(len(entry.state), entry.group["capturable"]) for entry in entries]
+    parts = [Part(*key, positions) for key, positions in group_by_class(keys).items()]
+    return Plan(made_for, parts, [torch.zeros_like(entry.state["RMS"]) for entry in entries])
+
+
+def members_of(part: Part, entries: list[Entry], update_rms: list[Tensor]) -> Members:
+    chosen = [entries[i] for i in part.positions]
+    states = [entry.state for entry in chosen]
+    factored, momentum = part.shape_class.factored, part.shape_class.momentum
+    return Members(
+        params=[entry.param for entry in chosen],
+        grads=[entry.grad for entry in chosen],
+        rows=[state["exp_avg_sq_row"] for state in states] if factored else [],
+        cols=[state["exp_avg_sq_col"] for state in states] if factored else [],
+        exp_avg_sqs=[] if factored else [state["exp_avg_sq"] for state in states],
+        exp_avgs=[state["exp_avg"] for state in states] if momentum else [],
+        rms=[state["RMS"] for state in states],
+        update_rms=[update_rms[i] for i in part.positions],
+    )
+
+
+def tables_of(entries: list[Entry]) -> list[Tensor]:
+    """The numbers of each entry, a vector on its device; made once for entries of one group at one step."""
+    tables: list[Tensor] = [None] * len(entries)  # type: ignore[list-item]
+    by_key = group_by_class(
+        (id(entry.group), compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
+        for entry in entries
+    )
+    for (_, dtype, device, count), positions in by_key.items():
+        first = entries[positions[0]]
+        if count is None:
+            steps = torch.stack([entries[i].state["step"] for i in positions]).to(dtype)
+            rows = list(numbers_of(first.group, steps, dtype, device).unbind())
+        else:
+            rows = [numbers_of(first.group, count, dtype, device)] * len(positions)
+        for i, row in zip(positions, rows, strict=True):
+            tables[i] = row
+    return tables
+
+
+def _count(step: int | Tensor) -> int | None:
+    """A step count as a key; None where it lives in a tensor, which is not read."""
+    return None if isinstance(step, Tensor) else step

@@ -1,0 +1,147 @@
+"""Which calls step a shape class. The order in which they go through it is the one choice that depends on the device.
+
+- On a CPU: depth-first, one matrix after the other. A matrix that fits in cache is then read from memory once, although a
+  step reads it twice. Vectors are stacked, since a call costs more than they do.
+- Elsewhere (CUDA): breadth-first, k members in each operation. Launches are dear there and caches small.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled import _depth_first
+from adafactor_compiled._compile import Call, Pass, compiled, size_variant
+from adafactor_compiled._numbers import Numbers
+from adafactor_compiled._passes import Members, Runner, one_vector, step_class, step_stacked, with_stacked
+from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride
+
+STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one
+
+
+def step_eager(members: Members, tables: list[Tensor]) -> None:
+    """Step a class with multi-tensor operations as they are; `tables` holds one vector of numbers for each member."""
+    step_class(members, torch.stack(tables))
+
+
+def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
+    """Step a class with compiled calls."""
+
+    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
+        return compiled(_pass_of(shape_class, function, variant))(*arguments)
+
+    _step(shape_class, members, tables, run)
+
+
+def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
+    """Every compiled call that a step of up to k members can need; nothing is computed."""
+    calls = []
+
+    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
+        calls.append(Call(_pass_of(shape_class, function, variant), arguments))
+        return function(*arguments)
+
+    # Breadth-first calls differ by their number of members: any power of two up to k may be needed.
+    for size in [1 << i for i in range(k.bit_length())] if shape_class.device.type != "cpu" else [1]:
+        members = _on_meta(shape_class, size)
+        table = torch.empty(len(Numbers._fields), dtype=members.rms[0].dtype, device="meta")
+        _step(shape_class, members, [table] * size, run)
+    return calls
+
+
+def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
+    static = (shape_class.dtype, shape_class.grad_dtype, shape_class.momentum)
+    return Pass(function, shape_class.device.type, (*static, *variant))
+
+
+def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
+    layout = _layout_of(shape_class)
+    if layout is None:
+        step_eager(members, tables)
+    elif shape_class.device.type != "cpu":
+        step_breadth_first(members, tables, run)
+    elif layout == "vector":
+        _step_vectors(shape_class.numel, members, tables, run)
+    elif layout == "contiguous":
+        _depth_first.step_members(shape_class.shape, members, tables, run)
+    else:
+        _depth_first.step_members(_transposed_shape(shape_class), _transposed(members), tables, run)
+
+
+@functools.cache
+def _layout_of(shape_class: ShapeClass) -> str | None:
+    """How a class lies in memory; None where it is better stepped without compiled calls: empty, one row or column, strided."""
+    if shape_class.numel == 0:
+        return None
+    if not shape_class.factored:
+        return "vector"
+    if shape_class.stride != shape_class.grad_stride or 1 in shape_class.shape[-2:]:
+        return None
+    if shape_class.stride == contiguous_stride(shape_class.shape):
+        return "contiguous"
+    *lead, columns, rows = contiguous_stride(_transposed_shape(shape_class))
+    return "transposed" if shape_class.stride == (*lead, rows, columns) else None
+
+
+def _transposed_shape(shape_class: ShapeClass) -> tuple[int, ...]:
+    *lead, rows, columns = shape_class.shape
+    return (*lead, columns, rows)
+
+
+def _transposed(members: Members) -> Members:
+    """A transposed parameter steps like its transpose with the two factors swapped: their means are equal."""
+    return members._replace(
+        params=[x.mT for x in members.params],
+        grads=[x.mT for x in members.grads],
+        exp_avgs=[x.mT for x in members.exp_avgs],
+        rows=members.cols,
+        cols=members.rows,
+    )
+
+
+def _step_vectors(numel: int, members: Members, tables: list[Tensor], run: Runner) -> None:
+    if numel > STACK_NUMEL:
+        for i, table in enumerate(tables):
+            run(step_stacked, size_variant(1, numel), one_vector(members, i), table.unsqueeze(0))
+        return
+    if len(tables) == 1:  # k = 1 would be another graph than k > 1: step the one twice, side by side
+        members, tables = Members(*(x * 2 for x in members)), tables * 2
+    table = torch.stack(tables)
+    with_stacked(members, lambda stacked: run(step_stacked, size_variant(2, numel), stacked, table))
+
+
+def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> None:
+    """Calls of 1, 2, 4, 8, ... members, so that a class of any size, with any gradients missing, uses few graphs."""
+    start, k, shape = 0, len(tables), members.params[0].shape
+    while start < k:
+        size = 1 << ((k - start).bit_length() - 1)
+        part = Members(*(x[start : start + size] for x in members))
+        run(step_class, (size, *size_variant(*shape)), part, torch.stack(tables[start : start + size]))
+        start += size
+
+
+def _on_meta(shape_class: ShapeClass, k: int) -> Members:
+    """k members of a class on the meta device."""
+    shape, stride, factored = shape_class.shape, shape_class.stride, shape_class.factored
+    dtype = compute_dtype(shape_class.dtype)
+
+    def make(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype = dtype) -> list[Tensor]:
+        return [torch.empty_strided(shape, stride, dtype=dtype, device="meta") for _ in range(k)]
+
+    def contiguous(shape: tuple[int, ...]) -> list[Tensor]:
+        return make(shape, contiguous_stride(shape))
+
+    return Members(
+        params=make(shape, stride, shape_class.dtype),
+        grads=make(shape, shape_class.grad_stride, shape_class.grad_dtype),
+        rows=contiguous(shape[:-1]) if factored else [],
+        cols=contiguous(shape[:-2] + shape[-1:]) if factored else [],
+        exp_avg_sqs=[] if factored else contiguous(shape),
+        exp_avgs=make(shape, stride) if shape_class.momentum else [],
+        rms=contiguous(()),
+        update_rms=contiguous(()),
+    )

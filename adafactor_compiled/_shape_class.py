@@ -1,0 +1,55 @@
+"""Shape classes: which parameters one call can step together.
+
+Members of a class share everything that a compiled graph depends on. Numbers are never part of it: members of one class may
+belong to different groups and have seen different numbers of steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+class ShapeClass(NamedTuple):
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    grad_stride: tuple[int, ...]
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    device: torch.device
+    momentum: bool
+
+    @property
+    def factored(self) -> bool:
+        return len(self.shape) >= 2
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+
+def shape_class_of(param: Tensor, grad: Tensor, momentum: bool) -> ShapeClass:
+    return ShapeClass(tuple(param.shape), param.stride(), grad.stride(), param.dtype, grad.dtype, param.device, momentum)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod([max(size, 1) for size in shape[i + 1 :]]) for i in range(len(shape)))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the state and of all arithmetic for a parameter of `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def group_by_class(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """The positions of each key, in order; classes in the order of their first member."""
+    classes: dict[Key, list[int]] = {}
+    for position, key in enumerate(keys):
+        classes.setdefault(key, []).append(position)
+    return classes

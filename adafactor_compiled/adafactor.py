@@ -1,0 +1,311 @@
+"""The optimizer: its arguments, its state, and the story of a step."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafactor_compiled import _options, _routes, _state
+from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
+from adafactor_compiled._numbers import unscaled_lr
+from adafactor_compiled._options import Group
+from adafactor_compiled._plan import Entry, Plan, entries_of, members_of, plan_of, tables_of
+from adafactor_compiled._reference import step_parameter
+from adafactor_compiled._shape_class import group_by_class
+
+
+class Adafactor(Optimizer):
+    r"""Adafactor as transformers computes it, over shape classes, compiled.
+
+    For a parameter :math:`p` with gradient :math:`g`, at its step :math:`t` (half precision is computed in float32):
+
+    .. math::
+        \rho &= \text{lr, or with `relative_step` } \min(10^{-2}, 1/\sqrt t)
+            \text{, or with `warmup_init` } \min(10^{-6} t, 1/\sqrt t) \\
+        \alpha &= \rho \max(\epsilon_2, \operatorname{RMS}(p)) \text{ with `scale_parameter`, else } \rho \\
+        \beta_2 &= 1 - t^{\text{decay\_rate}} \\
+        r &\leftarrow \beta_2 r + (1 - \beta_2) \operatorname{mean}_j (g^2 + \epsilon_1), \quad
+        c \leftarrow \beta_2 c + (1 - \beta_2) \operatorname{mean}_i (g^2 + \epsilon_1) \\
+        u &= g / \sqrt{r c / \operatorname{mean}(r)} \\
+        u &\leftarrow \alpha\, u / \max(1, \operatorname{RMS}(u) / \text{clip\_threshold}) \\
+        m &\leftarrow \beta_1 m + (1 - \beta_1) u \text{ if `beta1` is set; then } u = m \\
+        p &\leftarrow p - \text{weight\_decay}\, \alpha\, p - u
+
+    The rows and columns are the last two dimensions; leading dimensions are slices with factors of their own. A parameter with
+    fewer than two dimensions keeps its whole second moment.
+
+    Args:
+        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16).
+        lr: the learning rate, a number or a tensor with one element; None with `relative_step`.
+        eps: what is added to the squared gradient, and the least RMS by which the learning rate is scaled.
+        clip_threshold: the largest RMS of an update before the learning rate; None clips nothing.
+        decay_rate: the exponent of the second moment's decay, at most 0.
+        beta1: the decay of the momentum, in [0, 1); None keeps no momentum.
+        weight_decay: decoupled weight decay, scaled by the learning rate in use.
+        scale_parameter: scale the learning rate by the RMS of the parameter.
+        relative_step: let the step count choose the learning rate; excludes `lr`.
+        warmup_init: start the relative step at 1e-6 a step; needs `relative_step`.
+        foreach: False takes the eager per-parameter path, uncompiled; None means True.
+        compile: True compiles the multi-tensor path and raises where no toolchain works; False keeps it eager; None compiles
+            where the toolchain works and warns once where it does not.
+        maximize: maximize the objective; gradients are left as they are.
+        capturable: keep step counts in tensors on the parameters' device, for steps inside torch.compile or a CUDA graph.
+        show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
+
+    Every argument but `params` and `show_progress` can be set for a parameter group.
+
+    State, per parameter, from construction: `step` (int), `RMS` (0-dim), `exp_avg_sq_row` of shape `[..., R]` and
+    `exp_avg_sq_col` of shape `[..., C]` for a parameter of shape `[..., R, C]`, else `exp_avg_sq` of the parameter's
+    shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
+
+    Raises:
+        ValueError: an option that is not what it must be, an unknown option, or a parameter of another dtype; at construction,
+            in `add_param_group` and in `load_state_dict`.
+        RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
+            `compile=True` without a working toolchain.
+
+    Example:
+        >>> import torch
+        >>> from adafactor_compiled import Adafactor
+        >>> model = torch.nn.Linear(4, 2)
+        >>> optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, compile=False)
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> optimizer.step()
+        >>> optimizer.zero_grad()
+
+    Differs from transformers:
+        - `step(closure)` runs the closure with gradients enabled, so that it can call `backward()`.
+        - `load_state_dict` keeps float32 state of half-precision parameters.
+        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, unknown names.
+        - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
+        - Complex parameters raise. `clip_threshold=None` turns clipping off.
+        - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
+        - A NaN in a parameter stays NaN in its learning rate.
+        - State is made at construction rather than at the first step.
+
+    References:
+        Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
+        `transformers.optimization.Adafactor`.
+    """
+
+    show_progress: bool | None = None
+    _plan: Plan | None = None
+    _ready_for: Plan | None = None
+    _toolchain_failed = False
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor | None = None,
+        eps: tuple[float, float] = (1e-30, 1e-3),
+        clip_threshold: float | None = 1.0,
+        decay_rate: float = -0.8,
+        beta1: float | None = None,
+        weight_decay: float = 0.0,
+        scale_parameter: bool = True,
+        relative_step: bool = True,
+        warmup_init: bool = False,
+        *,
+        foreach: bool | None = None,
+        compile: bool | None = None,
+        maximize: bool = False,
+        capturable: bool = False,
+        show_progress: bool | None = None,
+    ) -> None:
+        _options.check_manual_lr(lr, relative_step)
+        defaults = {
+            "lr": lr,
+            "eps": eps,
+            "clip_threshold": clip_threshold,
+            "decay_rate": decay_rate,
+            "beta1": beta1,
+            "weight_decay": weight_decay,
+            "scale_parameter": scale_parameter,
+            "relative_step": relative_step,
+            "warmup_init": warmup_init,
+            "foreach": foreach,
+            "compile": compile,
+            "maximize": maximize,
+            "capturable": capturable,
+        }
+        _options.check_options(defaults)
+        if show_progress is not None:
+            self.show_progress = show_progress
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._plan = None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # Torch's schedulers wrap `step` once they have noted each group's lr as its "initial_lr", and then multiply it.
+        if name == "step" and any(group.get("initial_lr", 0.0) is None for group in self.__dict__.get("param_groups", ())):
+            raise ValueError(
+                "a learning-rate scheduler needs a number but `lr` is: None; pass `lr=..., relative_step=False`, or "
+                "report the learning rate that the optimizer chooses with `AdafactorSchedule`"
+            )
+        super().__setattr__(name, value)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group of parameters, with options of its own where it names them.
+
+        Raises:
+            ValueError: as at construction; the optimizer is then as it was.
+        """
+        where = f" (parameter group {len(self.param_groups)})"
+        _options.check_names(param_group)
+        merged = {**self.defaults, **param_group}
+        if "lr" in param_group:
+            _options.check_manual_lr(param_group["lr"], merged["relative_step"])
+        _options.check_options(merged, where)
+        params = param_group["params"]
+        params = [params] if isinstance(params, Tensor) else list(params)
+        first = sum(len(group["params"]) for group in self.param_groups)
+        for index, param in enumerate(params, first):
+            _options.check_parameter(param[1] if isinstance(param, tuple) else param, index)
+        super().add_param_group({**param_group, "params": params})
+        group = self.param_groups[-1]
+        for param in group["params"]:
+            if param.requires_grad:
+                _state.complete(self.state[param], param, group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Step every parameter that has a gradient.
+
+        Args:
+            closure: reevaluates the model, calls `backward()` and returns the loss; it runs with gradients enabled.
+
+        Returns:
+            What the closure returned, or None.
+
+        Raises:
+            RuntimeError: before anything has changed: a gradient that is sparse or does not fit its parameter, or
+                `compile=True` without a working toolchain.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+
+        entries = entries_of(self.param_groups, self.state)
+        plan = self._plan = plan_of(entries, self._plan)
+        compiles = self._compiles(plan)
+        for entry in entries:
+            entry.state["step"] += 1
+        tables = tables_of(entries)
+        for part in plan.parts:
+            members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
+            if part.path == "reference":
+                for i in part.positions:
+                    step_parameter(*entries[i][1:], plan.update_rms[i])
+            elif part.path == "compiled" and compiles:
+                _routes.step_compiled(part.shape_class, members, numbers)
+            else:
+                _routes.step_eager(members, numbers)
+        return loss
+
+    def warm_up(self) -> None:
+        """Compile everything that steps of these parameters need, ahead of the first step.
+
+        No parameter, gradient or state changes. A step compiles what is still missing by itself.
+
+        Raises:
+            RuntimeError: `compile=True` without a working toolchain.
+        """
+        entries = [
+            Entry(-1, param, param, {}, group)
+            for group in self.param_groups
+            for param in group["params"]
+            if param.requires_grad
+        ]
+        self._compiles(plan_of(entries, None))
+
+    def _compiles(self, plan: Plan) -> bool:
+        """Whether compiled parts run compiled; whatever they still lack is compiled here, before anything changes."""
+        if torch.compiler.is_compiling():
+            return False  # an outer torch.compile compiles the passes inline
+        if self._toolchain_failed or plan is self._ready_for:
+            return not self._toolchain_failed
+        parts = [part for part in plan.parts if part.path == "compiled"]
+        try:
+            for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
+                calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
+                make_ready(list(chain(*calls)), device, self.show_progress)
+            self._ready_for = plan
+        except (RuntimeError, OSError) as error:
+            failure = toolchain_failure(error)
+            if failure is None:
+                raise
+            if any(group["compile"] for group in self.param_groups):
+                raise RuntimeError(f"`compile=True` needs a working C++ toolchain but {failure}; {REMEDY}") from error
+            warnings.warn(
+                f"Adafactor steps without torch.compile, which needs a working C++ toolchain, but {failure}; {REMEDY}",
+                stacklevel=4,
+            )
+            self._toolchain_failed = True
+        return not self._toolchain_failed
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients, or set them to zero.
+
+        Args:
+            set_to_none: drop them, which saves their memory.
+        """
+        # Optimizer.zero_grad breaks the graph of a compiled training loop; this loop does not.
+        for group in self.param_groups:
+            for param in group["params"]:
+                if set_to_none:
+                    param.grad = None
+                elif param.grad is not None:
+                    param.grad = param.grad.detach().zero_()
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
+        state_dict = super().state_dict()
+        state_dict["state"] = {key: _state.portable(state) for key, state in state_dict["state"].items()}
+        return state_dict
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state of this class or of transformers' Adafactor, saved in any mode.
+
+        `foreach`, `compile` and `capturable` stay as they are here: how a step runs is not part of a checkpoint.
+
+        Raises:
+            ValueError: a state that does not fit, naming the parameter; the optimizer is then as it was.
+        """
+        loaded: dict[str, Any] = {}
+
+        # Other hooks may replace the dict that is loaded: this one comes after theirs, and the other one before theirs.
+        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+            loaded.update(_state.checked(state_dict, self.param_groups))
+            return loaded
+
+        def keep_dtypes(_: Optimizer) -> None:
+            params = [param for group in self.param_groups for param in group["params"]]
+            for position, state in _state.loaded_states(loaded):
+                self.state[params[position]] = _state.adopt(state, params[position])
+
+        hooks = (
+            self.register_load_state_dict_pre_hook(prepare),
+            self.register_load_state_dict_post_hook(keep_dtypes, prepend=True),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    @staticmethod
+    def _get_lr(param_group: Group, param_state: _state.State) -> Any:
+        """The learning rate of a parameter's last step, as transformers' AdafactorSchedule asks for it."""
+        step = param_state["step"]
+        step = step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1)
+        lr = unscaled_lr(param_group, step)
+        return param_state["RMS"].clamp(min=param_group["eps"][1]) * lr if param_group["scale_parameter"] else lr
