@@ -91,7 +91,8 @@ def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.de
         return torch.full(shape, value, dtype=dtype, device=device)
     if value.numel() == 1:
         value = value.reshape(())
-    return value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
+    filled: Tensor = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
+    return filled
 
 
 def _to_device(table: Tensor, device: torch.device) -> Tensor:
