@@ -1,0 +1,64 @@
+"""Times of contenders, taken in turn in one process, so that what slows the machine down slows all of them."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Milliseconds of one call: the median of the rounds, and the quartiles as the spread."""
+
+    median: float
+    low: float
+    high: float
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} ms ({self.low:.2f} to {self.high:.2f})"
+
+
+def timing_of(milliseconds: Sequence[float]) -> Timing:
+    """The summary of single measurements, at least one."""
+    if len(milliseconds) == 1:
+        return Timing(milliseconds[0], milliseconds[0], milliseconds[0])
+    low, median, high = statistics.quantiles(milliseconds, n=4, method="inclusive")
+    return Timing(median, low, high)
+
+
+def compare(steps: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up: int = 2, calls: int = 1) -> dict[str, Timing]:
+    """Time each contender once a round, for `rounds` rounds.
+
+    Args:
+        steps: what to time, by name; called without arguments, and finished when it returns.
+        rounds: measurements of each contender.
+        warm_up: unmeasured calls of each contender before the first round; compilation belongs there.
+        calls: calls to a measurement, for steps that are too short for the clock.
+
+    Returns:
+        Milliseconds of one call, by name, in the order of `steps`.
+    """
+    for name, value, least in (("rounds", rounds, 1), ("warm_up", warm_up, 0), ("calls", calls, 1)):
+        if value < least:
+            raise ValueError(f"`{name}` should be at least {least} but is: {value}")
+    for step in steps.values():
+        for _ in range(warm_up):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    collecting = gc.isenabled()
+    gc.collect()
+    gc.disable()  # a collection would fall on whichever contender happens to run
+    try:
+        for _ in range(rounds):
+            for name, step in steps.items():
+                start = time.perf_counter()
+                for _ in range(calls):
+                    step()
+                times[name].append((time.perf_counter() - start) * 1e3 / calls)
+    finally:
+        if collecting:
+            gc.enable()
+    return {name: timing_of(values) for name, values in times.items()}
