@@ -61,19 +61,37 @@ class Factors(NamedTuple):
     decay: Tensor  # []
 
 
-def factors(sums: Sums, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, rows: int, numel: int) -> Factors:
-    """The small work between the two reads; brings `col`, shape [..., C], and both RMS, shape [1], up to date."""
+class Averages(NamedTuple):
+    """The new second-moment factors of a matrix, beside its rows, and the sum of the squares of its update."""
+
+    row_mean: Tensor  # [...]
+    col: Tensor  # [..., C]
+    update_sq: Tensor  # []
+
+
+def averages(sums: Sums, col: Tensor, table: Tensor, rows: int) -> Averages:
+    """What the sums over whole columns make of `col`, shape [..., C], which is left as it is."""
     numbers = Numbers.of(table)
     new_col = materialize(col * numbers.beta2 + (sums.col_sq / rows + numbers.eps) * numbers.one_minus_beta2)
     row_mean = sums.row / rows
-    update_sq = (sums.weighted_sq * (row_mean.unsqueeze(-1) / new_col)).sum()
-    new_rms, new_update_rms = (sums.param_sq / numel).sqrt(), (update_sq / numel).sqrt()
+    return Averages(row_mean, new_col, (sums.weighted_sq * (row_mean.unsqueeze(-1) / new_col)).sum())
+
+
+def factors(sums: Sums, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, rows: int, numel: int) -> Factors:
+    """The small work between the two reads; brings `col`, shape [..., C], and both RMS, shape [1], up to date."""
+    return finish(averages(sums, col, table, rows), sums.param_sq, col, rms, update_rms, table, numel)
+
+
+def finish(new: Averages, param_sq: Tensor, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, numel: int) -> Factors:
+    """The second half of `factors`."""
+    numbers = Numbers.of(table)
+    new_rms, new_update_rms = (param_sq / numel).sqrt(), (new.update_sq / numel).sqrt()
     alpha = step_size(numbers, new_rms)
     scale = numbers.sign * alpha / clip_divisor(numbers, new_update_rms)
-    col.copy_(new_col)
+    col.copy_(new.col)
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
-    return Factors(row_mean, materialize(new_col.rsqrt()), scale, 1.0 - numbers.weight_decay * alpha)
+    return Factors(new.row_mean, materialize(new.col.rsqrt()), scale, 1.0 - numbers.weight_decay * alpha)
 
 
 def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor) -> None:

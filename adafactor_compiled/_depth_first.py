@@ -102,16 +102,26 @@ def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> No
 
 
 def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
+    sums = statistics_in_chunks(blocking, x, table, run)
+    col = x.col.view(blocking.slices, blocking.columns)
+    f = _blocked.factors(sums, col, x.rms, x.update_rms, table, blocking.rows, x.p.numel())
+    apply_in_chunks(blocking, x, f, table, run)
+
+
+def statistics_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> _blocked.Sums:
+    """The sums of each slice, stacked along a first dimension; brings `x.row` up to date."""
     slices, rows, columns, _, _ = blocking
-    p, g = x.p.view(slices, rows, columns), x.g.view(slices, rows, columns)
-    row, col = x.row.view(slices, rows), x.col.view(slices, columns)
-    exp_avg = None if x.exp_avg is None else x.exp_avg.view(slices, rows, columns)
-
-    sums = [_statistics_in_chunks(blocking, p[i], g[i], row[i], table, run) for i in range(slices)]
+    p, g, row = x.p.view(slices, rows, columns), x.g.view(slices, rows, columns), x.row.view(slices, rows)
+    sums = [_statistics_of_slice(blocking, p[i], g[i], row[i], table, run) for i in range(slices)]
     total = _blocked.Sums(*map(torch.stack, zip(*sums, strict=True)))
-    total = total._replace(param_sq=total.param_sq.sum())
-    f = _blocked.factors(total, col, x.rms, x.update_rms, table, rows, x.p.numel())
+    return total._replace(param_sq=total.param_sq.sum())
 
+
+def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: Tensor, run: Runner) -> None:
+    """The second reads, slice by slice; the factors have a first dimension of slices."""
+    slices, rows, columns, _, _ = blocking
+    p, g, row = x.p.view(slices, rows, columns), x.g.view(slices, rows, columns), x.row.view(slices, rows)
+    exp_avg = None if x.exp_avg is None else x.exp_avg.view(slices, rows, columns)
     stride = CHUNKS_PER_APPLY * blocking.chunk
     for i in range(slices):
         of_slice = f._replace(row_mean=f.row_mean[i], col_factor=f.col_factor[i])
@@ -129,7 +139,7 @@ def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -
             )
 
 
-def _statistics_in_chunks(blocking: Blocking, p: Tensor, g: Tensor, row: Tensor, table: Tensor, run: Runner) -> _blocked.Sums:
+def _statistics_of_slice(blocking: Blocking, p: Tensor, g: Tensor, row: Tensor, table: Tensor, run: Runner) -> _blocked.Sums:
     sums = []
     for part, n, block in blocking.chunks():
         blocks = (n, block, blocking.columns)

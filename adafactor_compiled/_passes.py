@@ -112,21 +112,40 @@ def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
 
 def step_stacked(x: Stacked, table: Tensor) -> None:
     """Step k stacked vectors in place."""
+    apply_stacked(x, stacked_update(x, table), table, x.params.shape[1])
+
+
+class StackedUpdate(NamedTuple):
+    """What the first reads of k stacked vectors give; the sums of shards of a vector add up."""
+
+    update: Tensor  # [k, n], before it is scaled
+    exp_avg_sqs: Tensor  # [k, n], new
+    param_sq: Tensor  # [k, 1]: sum of parameter^2
+    update_sq: Tensor  # [k, 1]: sum of update^2
+
+
+def stacked_update(x: Stacked, table: Tensor) -> StackedUpdate:
+    """The first reads of k stacked vectors; nothing is written."""
     numbers = Numbers.of(table).unsqueeze(1)
     p, g = x.params.to(table.dtype), x.grads.to(table.dtype)
-
-    param_rms = _rms(p)  # 2
-    alpha = step_size(numbers, param_rms)  # 3, 4
     v = x.exp_avg_sqs * numbers.beta2 + (g * g + numbers.eps) * numbers.one_minus_beta2  # 5
     update = g * v.rsqrt()
-    update_rms = _rms(update)  # 6
-    update = update * (numbers.sign * alpha / clip_divisor(numbers, update_rms))  # 7
+    return StackedUpdate(update, v, (p * p).sum(-1, keepdim=True), (update * update).sum(-1, keepdim=True))
+
+
+def apply_stacked(x: Stacked, new: StackedUpdate, table: Tensor, numel: int) -> None:
+    """All writes of a step of k stacked vectors of `numel` elements (of which n are here)."""
+    numbers = Numbers.of(table).unsqueeze(1)
+    p = x.params.to(table.dtype)
+    param_rms, update_rms = (new.param_sq / numel).sqrt(), (new.update_sq / numel).sqrt()  # 2, 6
+    alpha = step_size(numbers, param_rms)  # 3, 4
+    update = new.update * (numbers.sign * alpha / clip_divisor(numbers, update_rms))  # 6, 7
     if x.exp_avgs is not None:  # 8
         update = x.exp_avgs * numbers.beta1 + update * numbers.one_minus_beta1
         x.exp_avgs.copy_(update)
     x.params.copy_(p - p * (numbers.weight_decay * alpha) - update)  # 9, 10
 
-    x.exp_avg_sqs.copy_(v)
+    x.exp_avg_sqs.copy_(new.exp_avg_sqs)
     x.rms.copy_(param_rms)
     x.update_rms.copy_(update_rms)
 
@@ -136,11 +155,6 @@ def _moving_average(averages: list[Tensor], means: list[Tensor], numbers: Number
     new = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
     torch._foreach_copy_(averages, new.unbind())
     return new
-
-
-def _rms(x: Tensor) -> Tensor:
-    """The root mean square of each row of [k, n], as [k, 1]."""
-    return (x * x).mean(-1, keepdim=True).sqrt()
 
 
 def _to(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
