@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -113,3 +114,13 @@ def _check_loaded(loaded: State, param: Tensor, index: int) -> None:
             raise ValueError(
                 f"the checkpoint's `{key}` {where} should have shape {expected_shape} but is: {was!r}; nothing was loaded"
             )
+    for key in ("RMS", *expected):
+        value = loaded.get(key, 0.0)
+        if not _is_finite(value):
+            raise ValueError(f"the checkpoint's `{key}` {where} should be finite but holds NaN or inf; nothing was loaded")
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return math.isfinite(value)
+    return value.is_meta or bool(torch.isfinite(value).all())
