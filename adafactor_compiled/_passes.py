@@ -99,15 +99,26 @@ def one_vector(members: Members, i: int) -> Stacked:
 
 def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
     """Run `step` on the stacked vectors of a class and put the results back."""
+    stacked = stacked_of(members)
+    step(stacked)
+    put_back(members, stacked)
+
+
+def stacked_of(members: Members) -> Stacked:
+    """Copies of the vectors of a class, stacked."""
     params, exp_avg_sqs, rms, update_rms = map(_stack, (members.params, members.exp_avg_sqs, members.rms, members.update_rms))
     exp_avgs = _stack(members.exp_avgs) if members.exp_avgs else None
-    step(Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms))
-    _unstack_(members.params, params)
-    _unstack_(members.exp_avg_sqs, exp_avg_sqs)
-    if exp_avgs is not None:
-        _unstack_(members.exp_avgs, exp_avgs)
-    _unstack_(members.rms, rms)
-    _unstack_(members.update_rms, update_rms)
+    return Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms)
+
+
+def put_back(members: Members, stacked: Stacked) -> None:
+    """Copy stacked vectors to where they came from."""
+    _unstack_(members.params, stacked.params)
+    _unstack_(members.exp_avg_sqs, stacked.exp_avg_sqs)
+    if stacked.exp_avgs is not None:
+        _unstack_(members.exp_avgs, stacked.exp_avgs)
+    _unstack_(members.rms, stacked.rms)
+    _unstack_(members.update_rms, stacked.update_rms)
 
 
 def step_stacked(x: Stacked, table: Tensor) -> None:

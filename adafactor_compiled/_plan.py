@@ -7,10 +7,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._numbers import numbers_of
 from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._passes import Members
+from adafactor_compiled._placements import check_gradient_placements
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, shape_class_of
 from adafactor_compiled._state import State, complete
 
@@ -48,11 +50,14 @@ def entries_of(groups: list[Group], state: Mapping[Tensor, State]) -> list[Entry
             grad = param.grad
             if grad is not None:
                 check_gradient(param, grad, position)
+                check_gradient_placements(param, grad, position)
                 entries.append(Entry(position, param, grad, state[param], group))
     return entries
 
 
-def path_of(group: Group) -> str:
+def path_of(group: Group, param: Tensor | None = None) -> str:
+    if isinstance(param, DTensor):
+        return "sharded"
     if group["foreach"] is False:
         return "reference"
     return "multi_tensor" if group["compile"] is False else "compiled"
@@ -60,7 +65,9 @@ def path_of(group: Group) -> str:
 
 def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     """The plan of a step: the last one, where nothing has changed that it depends on."""
-    keys = [(path_of(group), shape_class_of(param, grad, group["beta1"] is not None)) for _, param, grad, _, group in entries]
+    keys = [
+        (path_of(group, param), shape_class_of(param, grad, group["beta1"] is not None)) for _, param, grad, _, group in entries
+    ]
     made_for = [*keys, *((len(entry.state), entry.group["capturable"]) for entry in entries)]
     if last is not None and last.made_for == made_for:
         return last

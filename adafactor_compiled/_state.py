@@ -8,21 +8,35 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
+from adafactor_compiled import _placements
 from adafactor_compiled._options import EXECUTION, OPTIONS, Group, check_options
 from adafactor_compiled._shape_class import compute_dtype
 
 State = dict[str, Any]
 
 
+def dims_of(key: str, ndim: int) -> list[int]:
+    """Which dimensions of a parameter a tensor of its state has."""
+    dims = [] if key == "RMS" else list(range(ndim))
+    if key == "exp_avg_sq_row":
+        del dims[-1]
+    elif key == "exp_avg_sq_col":
+        del dims[-2]
+    return dims
+
+
 def complete(state: State, param: Tensor, group: Group) -> None:
     """Add what a parameter's state lacks, and bring what is there to the parameter's device."""
-    dtype, shape = compute_dtype(param.dtype), param.shape
+    dtype = compute_dtype(param.dtype)
 
-    def tensor(key: str, shape: tuple[int, ...] | torch.Size) -> None:
-        value = state.get(key)
-        if value is None:
-            state[key] = torch.zeros(shape, dtype=dtype, device=param.device)
+    def tensor(key: str) -> None:
+        value, dims = state.get(key), dims_of(key, param.ndim)
+        if value is None and isinstance(param, DTensor) and key != "RMS":
+            state[key] = _placements.zeros(param, dims, dtype)
+        elif value is None:
+            state[key] = torch.zeros([param.shape[dim] for dim in dims], dtype=dtype, device=param.device)
         elif value.device != param.device:
             state[key] = value.to(param.device)
 
@@ -31,18 +45,18 @@ def complete(state: State, param: Tensor, group: Group) -> None:
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     else:
         state["step"] = int(step)
-    if len(shape) >= 2:
-        tensor("exp_avg_sq_row", shape[:-1])
-        tensor("exp_avg_sq_col", shape[:-2] + shape[-1:])
+    if param.ndim >= 2:
+        tensor("exp_avg_sq_row")
+        tensor("exp_avg_sq_col")
     else:
-        tensor("exp_avg_sq", shape)
+        tensor("exp_avg_sq")
     if group["beta1"] is not None:
         exp_avg = state.get("exp_avg")
         if exp_avg is None or exp_avg.stride() != param.stride() or exp_avg.device != param.device:
             state["exp_avg"] = torch.zeros_like(param, dtype=dtype)  # laid out as the parameter is
             if exp_avg is not None:
                 state["exp_avg"].copy_(exp_avg)
-    tensor("RMS", ())
+    tensor("RMS")
 
 
 def portable(state: State) -> State:
@@ -52,14 +66,20 @@ def portable(state: State) -> State:
 
 def adopt(loaded: State, param: Tensor) -> State:
     """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
-    dtype = compute_dtype(param.dtype)
     loaded = {**loaded, "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
     return {
-        key: value.detach().to(device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
-        if isinstance(value, Tensor) and key != "step"
-        else value
+        key: _adopted(key, value, param) if isinstance(value, Tensor) and key != "step" else value
         for key, value in loaded.items()
     }
+
+
+def _adopted(key: str, value: Tensor, param: Tensor) -> Tensor:
+    dtype = compute_dtype(param.dtype)
+    if isinstance(param, DTensor) and key != "RMS":
+        return _placements.placed(value, param, dims_of(key, param.ndim), dtype)
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to(device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
 
 
 def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:

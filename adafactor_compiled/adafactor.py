@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import _options, _routes, _state
+from adafactor_compiled import _options, _placements, _routes, _sharded, _state
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
+from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._numbers import unscaled_lr
 from adafactor_compiled._options import Group
-from adafactor_compiled._plan import Entry, Plan, entries_of, members_of, plan_of, tables_of
+from adafactor_compiled._plan import Entry, Plan, entries_of, members_of, path_of, plan_of, tables_of
 from adafactor_compiled._reference import step_parameter
 from adafactor_compiled._shape_class import group_by_class
 
@@ -98,6 +99,7 @@ class Adafactor(Optimizer):
     _plan: Plan | None = None
     _ready_for: Plan | None = None
     _toolchain_failed = False
+    _exchanges: Sequence[Exchange] = ()
 
     def __init__(
         self,
@@ -168,7 +170,9 @@ class Adafactor(Optimizer):
         params = [params] if isinstance(params, Tensor) else list(params)
         first = sum(len(group["params"]) for group in self.param_groups)
         for index, param in enumerate(params, first):
-            _options.check_parameter(param[1] if isinstance(param, tuple) else param, index)
+            tensor = param[1] if isinstance(param, tuple) else param
+            _options.check_parameter(tensor, index)
+            _placements.check_placements(tensor, index)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         for param in group["params"]:
@@ -197,10 +201,15 @@ class Adafactor(Optimizer):
         entries = entries_of(self.param_groups, self.state)
         plan = self._plan = plan_of(entries, self._plan)
         compiles = self._compiles(plan)
+        self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
         for entry in entries:
             entry.state["step"] += 1
         tables = tables_of(entries)
+        if self._exchanges:
+            self._step_sharded(plan, entries, tables, compiles)
         for part in plan.parts:
+            if part.path == "sharded":
+                continue
             members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
             if part.path == "reference":
                 for i in part.positions:
@@ -210,6 +219,19 @@ class Adafactor(Optimizer):
             else:
                 _routes.step_eager(members, numbers)
         return loss
+
+    def _step_sharded(self, plan: Plan, entries: list[Entry], tables: list[Tensor], compiles: bool) -> None:
+        chosen = [i for part in plan.parts if part.path == "sharded" for i in part.positions]
+        jobs = [
+            _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
+            for i in chosen
+        ]
+        try:
+            _sharded.step(self._exchanges, jobs)
+        except RuntimeError:
+            for entry in entries:
+                entry.state["step"] -= 1
+            raise
 
     def warm_up(self) -> None:
         """Compile everything that steps of these parameters need, ahead of the first step.

@@ -1,0 +1,23 @@
+"""The ranks that the tests of this folder share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+from ranks import Ranks
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[Callable[[int], Ranks]]:
+    """`ranks(n)`: n ranks that are kept for the next test, and made anew after a check has failed on them."""
+    kept: dict[int, Ranks] = {}
+
+    def get(size: int) -> Ranks:
+        if size not in kept or kept[size].closed:
+            kept[size] = Ranks(size)
+        return kept[size]
+
+    yield get
+    for group in kept.values():
+        group.close()
