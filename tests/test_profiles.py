@@ -1,0 +1,126 @@
+"""The profiles' shared core, and the main job in a small form, run as a user runs it."""
+
+import json
+import os
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+PROFILES = ROOT / "profiles"
+SCRIPTS = sorted(path.name for path in PROFILES.glob("[!_]*.py"))
+
+
+@pytest.fixture
+def shared(monkeypatch):
+    monkeypatch.syspath_prepend(str(PROFILES))
+    import _shared
+
+    return _shared
+
+
+def run(*arguments, threads=1):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
+    done = subprocess.run(
+        [sys.executable, *map(str, arguments)], capture_output=True, text=True, env=environment, cwd=ROOT, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+class TestCompare:
+    def test_contenders_are_called_in_turn(self, shared):
+        calls = []
+        timings = shared.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2, calls=2)
+        assert "".join(calls) == "aabb" + 3 * "aabb"
+        assert list(timings) == ["a", "b"]
+        for timing in timings.values():
+            assert 0 < timing.low <= timing.median <= timing.high
+
+    def test_collection_is_on_again_after_an_error(self, shared):
+        import gc
+
+        def fail():
+            raise OSError("broken")
+
+        with pytest.raises(OSError, match="broken"):
+            shared.compare({"a": fail}, warm_up=0)
+        assert gc.isenabled()
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"rounds": 0}, "`rounds` should be at least 1 but is: 0"),
+            ({"warm_up": -1}, "`warm_up` should be at least 0 but is: -1"),
+            ({"calls": 0}, "`calls` should be at least 1 but is: 0"),
+        ],
+    )
+    def test_bad_options(self, shared, options, message):
+        with pytest.raises(ValueError, match=message):
+            shared.compare({"a": lambda: None}, **options)
+
+    def test_timing_is_median_and_quartiles(self, shared):
+        assert shared.timing_of([5.0, 1.0, 2.0, 4.0, 3.0]) == shared.Timing(3.0, 2.0, 4.0)
+        assert shared.timing_of([7.0]) == shared.Timing(7.0, 7.0, 7.0)
+
+
+def test_result_is_plain_json_with_the_machine(shared, tmp_path):
+    payload = {
+        "timings": {"ours": shared.Timing(2.0, 1.0, 3.0)},
+        "dtype": torch.bfloat16,
+        "shapes": [torch.Size([2, 3]), (4,)],
+        "lost": float("nan"),
+        "text": "a [ b ]  c",
+    }
+    path = shared.write_result("some", payload, tmp_path / "new" / "directory")
+    result = json.loads(path.read_text(encoding="utf-8"))
+    assert result["machine"]["torch"] == torch.__version__
+    assert result["machine"]["threads"] == torch.get_num_threads()
+    assert result["timings"] == {"ours": {"median": 2.0, "low": 1.0, "high": 3.0}}
+    assert result["shapes"] == [[2, 3], [4]]
+    assert (result["dtype"], result["lost"], result["text"]) == ("torch.bfloat16", None, "a [ b ]  c")
+
+
+def test_table_is_markdown(shared):
+    assert shared.markdown_table(["", "ms"], [["ours", "1.5"], ["x", "10.25"]]).splitlines() == [
+        "|      |    ms |",
+        "|------|------:|",
+        "| ours |   1.5 |",
+        "| x    | 10.25 |",
+    ]
+    with pytest.raises(ValueError, match="a row should have 2 cells but has 1"):
+        shared.markdown_table(["", "ms"], [["ours"]])
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_profile_has_help(shared, name, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [name, "--help"])
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(PROFILES / name), run_name="__main__")
+    assert end.value.code == 0
+    assert "--results" in capsys.readouterr().out
+
+
+def test_main_job_is_deterministic(tmp_path):
+    pytest.importorskip("matplotlib")
+    results = []
+    for directory in (tmp_path / "first", tmp_path / "second"):
+        printed = run(PROFILES / "train.py", "--quick", "--results", directory)
+        assert printed.stderr.count("[") == 0  # no progress bar where there is no terminal
+        assert "| Adafactor, compiled" in printed.stdout
+        assert (directory / "train.png").stat().st_size > 10_000
+        results.append(json.loads((directory / "train.json").read_text(encoding="utf-8"))["runs"])
+    first, second = results
+    assert len(first) == 4
+    for name, one in first.items():
+        assert one["losses"] == second[name]["losses"], name
+        assert one["held_out_loss"] == second[name]["held_out_loss"]
+        assert one["losses"][-1] < one["losses"][0] - 1  # it learns
+        assert one["state_bytes"] == second[name]["state_bytes"] > 0
+    compiled, reference = first["Adafactor, compiled"], first["Adafactor, reference path"]
+    assert compiled["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+    assert compiled["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
