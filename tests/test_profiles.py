@@ -106,7 +106,6 @@ def test_every_profile_has_help(shared, name, monkeypatch, capsys):
 
 
 def test_main_job_is_deterministic(tmp_path):
-    pytest.importorskip("matplotlib")
     results = []
     for directory in (tmp_path / "first", tmp_path / "second"):
         printed = run(PROFILES / "train.py", "--quick", "--results", directory)
