@@ -39,7 +39,7 @@ class Slot(NamedTuple):
 
 
 class Exchange:
-    """The buffers of the parameters on one mesh, and the process groups that add them up.
+    """The buffers of the parameters on one mesh, and the process group that adds them up.
 
     The layout depends on the parameters and not on which of them have a gradient. Ranks that disagree on the gradients
     thus take part in the same all_reduce, and learn from it that they do.
@@ -56,7 +56,7 @@ class Exchange:
         _check_agreement(mesh, params)
         self.params = params
         summed = sorted({dim for _, param in params for dim in split_dims(param)})
-        self.groups = _groups_over(mesh, summed)
+        self.group = _group_over(mesh, summed)
         self.ranks = math.prod(mesh.size(dim) for dim in summed)
         dtype = torch.float64 if any(param.dtype == torch.float64 for _, param in params) else torch.float32
         device = params[0][1].to_local().device
@@ -85,14 +85,14 @@ class Exchange:
         Raises:
             RuntimeError: where another rank's are others.
         """
-        if not self.groups:
+        if self.group is None:
             return
         n = len(self.params)
         expected = torch.zeros(n, dtype=self.first.dtype)
         expected[[self.slots[position].number for position in positions]] = self.ranks
         present = self.first[:n]
         present.copy_(expected / self.ranks)
-        _all_reduce(self.first, self.groups)
+        dist.all_reduce(self.first, group=self.group)
         if present.device.type == "cpu":
             self._check(present, expected, "nothing was stepped")
             return
@@ -103,7 +103,7 @@ class Exchange:
 
     def sum_second(self) -> None:
         if self.second.numel():
-            _all_reduce(self.second, self.groups)
+            dist.all_reduce(self.second, group=self.group)
 
     def _check(self, present: Tensor, expected: Tensor, outcome: str) -> None:
         if torch.equal(present, expected):
@@ -152,17 +152,18 @@ def _slot(index: int, param: DTensor, summed: list[int], first: dict[str, Tensor
     )
 
 
-def _groups_over(mesh: DeviceMesh, dims: list[int]) -> list[dist.ProcessGroup]:
-    """The groups whose reductions in turn add up over these mesh dimensions: a single one where the mesh has names."""
-    if len(dims) < 2 or mesh.mesh_dim_names is None:
-        return [mesh.get_group(dim) for dim in dims]
-    names = tuple(mesh.mesh_dim_names[dim] for dim in dims)
-    return [mesh[names]._flatten("adafactor_" + "_".join(names)).get_group()]
-
-
-def _all_reduce(flat: Tensor, groups: list[dist.ProcessGroup]) -> None:
-    for group in groups:
-        dist.all_reduce(flat, group=group)
+def _group_over(mesh: DeviceMesh, dims: list[int]) -> dist.ProcessGroup | None:
+    """The ranks that differ from this one along these mesh dimensions alone; None where there are no others."""
+    if len(dims) < 2:
+        return mesh.get_group(dims[0]) if dims else None
+    coordinate = mesh.get_coordinate() or ()
+    ranks = sorted(mesh.mesh[tuple(slice(None) if dim in dims else at for dim, at in enumerate(coordinate))].flatten().tolist())
+    if ranks == list(range(dist.get_world_size())):
+        return dist.group.WORLD
+    # Not DeviceMesh._flatten: from then on DTensor gathers over the flattened dimension, which permutes the rows of what
+    # two dimensions split unevenly (torch 2.13).
+    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
+    return group
 
 
 def _check_agreement(mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]]) -> None:

@@ -1,0 +1,78 @@
+"""Sharded training beside the same training unsharded, with gradients that a test sets."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from adafactor_compiled import Adafactor
+
+STEPS = 20
+LIMITS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the largest |p|
+STATE_LIMITS = {torch.float64: 1e-13}  # of the largest element; 1e-5 for all others
+
+
+class Bag(nn.Module):
+    """Parameters of any shape; a gradient is what a test sets."""
+
+    def __init__(self, shapes: list[tuple[int, ...]], dtype: torch.dtype = torch.float32, seed: int = 0) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(seed)
+        for i, shape in enumerate(shapes):
+            value = torch.randn(shape, generator=generator, dtype=torch.float64)
+            self.register_parameter(f"p{i}", nn.Parameter(value.to(dtype)))
+
+
+def set_gradients(sharded: list[Tensor], whole: list[Tensor], step: int) -> None:
+    """The same gradients for both, of a size of their own for each parameter; some None at some steps."""
+    generator = torch.Generator().manual_seed(1000 + step)
+    for i, (p, q) in enumerate(zip(sharded, whole, strict=True)):
+        grad = torch.randn(q.shape, generator=generator, dtype=torch.float64).to(q.dtype) * 10.0 ** (i % 5 - 2)
+        p.grad = q.grad = None
+        if (i + step) % 6:
+            q.grad = grad
+            p.grad = grad.clone()
+            if isinstance(p, DTensor):
+                p.grad = distribute_tensor(grad, p.device_mesh, p.placements, src_data_rank=None)
+
+
+def whole_of(x: Any) -> Any:
+    return x.full_tensor() if isinstance(x, DTensor) else x
+
+
+def assert_close(actual: Tensor, expected: Tensor, limit: float, where: Any) -> None:
+    """Within `limit` of the largest element, and NaN in the same places."""
+    actual, expected = whole_of(actual).detach().double(), expected.detach().double()
+    assert actual.shape == expected.shape, where
+    assert torch.equal(actual.isnan(), expected.isnan()), where
+    error, largest = (float(x.nan_to_num().abs().max()) if x.numel() else 0.0 for x in (actual - expected, expected))
+    assert error <= limit * largest, f"{where}: {error:.2e} apart, of {largest:.2e}"
+
+
+def assert_same(mine: Adafactor, reference: Adafactor, params: list[Tensor], expected: list[Tensor]) -> None:
+    for i, (p, q) in enumerate(zip(params, expected, strict=True)):
+        where = f"parameter {i} {tuple(q.shape)} {q.dtype} {getattr(p, 'placements', '')}"
+        assert_close(p, q, LIMITS[q.dtype], where)
+        state, wanted = mine.state[p], reference.state[q]
+        assert set(state) == set(wanted), where
+        assert int(state["step"]) == int(wanted["step"]), where
+        for key in set(wanted) - {"step"}:
+            assert isinstance(state[key], DTensor) == (isinstance(p, DTensor) and key != "RMS"), f"{where} {key}"
+            assert_close(state[key], wanted[key], STATE_LIMITS.get(q.dtype, 1e-5), f"{where} {key}")
+
+
+def train_beside_unsharded(
+    params: list[Tensor], options: dict[str, Any], mode: dict[str, Any], steps: int = STEPS
+) -> Adafactor:
+    """Train `params`, plain tensors and DTensors, and compare parameters and state with unsharded training at the end."""
+    whole = [nn.Parameter(whole_of(p).detach().clone()) for p in params]
+    mine, reference = Adafactor(params, **options, **mode), Adafactor(whole, **options, foreach=False)
+    for step in range(steps):
+        set_gradients(params, whole, step)
+        mine.step()
+        reference.step()
+    assert_same(mine, reference, params, whole)
+    return mine
