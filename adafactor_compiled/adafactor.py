@@ -9,16 +9,19 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from adafactor_compiled import _options, _placements, _routes, _sharded, _state
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
 from adafactor_compiled._exchange import Exchange
+from adafactor_compiled._faults import counts_kept_true
 from adafactor_compiled._numbers import unscaled_lr
-from adafactor_compiled._options import Group
-from adafactor_compiled._plan import Entry, Plan, entries_of, members_of, path_of, plan_of, tables_of
-from adafactor_compiled._reference import step_parameter
+from adafactor_compiled._options import Group, check_gradient
+from adafactor_compiled._plan import Entry, Plan, entries_of, plan_of
+from adafactor_compiled._run import run
 from adafactor_compiled._shape_class import group_by_class
+from adafactor_compiled.step_in_backward import StepInBackward
 
 
 class Adafactor(Optimizer):
@@ -96,9 +99,8 @@ class Adafactor(Optimizer):
     """
 
     show_progress: bool | None = None
-    _plan: Plan | None = None
-    _ready_for: Plan | None = None
     _toolchain_failed = False
+    _in_backward: StepInBackward | None = None
     _exchanges: Sequence[Exchange] = ()
 
     def __init__(
@@ -139,11 +141,17 @@ class Adafactor(Optimizer):
         _options.check_options(defaults)
         if show_progress is not None:
             self.show_progress = show_progress
+        self._forget_plans()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = None
+        self._forget_plans()
+
+    def _forget_plans(self) -> None:
+        # Of the whole step under None, and of each parameter that is stepped alone.
+        self._plans: dict[Tensor | None, Plan] = {}
+        self._ready_for: dict[Tensor | None, Plan] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Torch's schedulers wrap `step` once they have noted each group's lr as its "initial_lr", and then multiply it.
@@ -178,6 +186,8 @@ class Adafactor(Optimizer):
         for param in group["params"]:
             if param.requires_grad:
                 _state.complete(self.state[param], param, group)
+        if self._in_backward is not None:
+            self._in_backward.attach(len(self.param_groups) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -193,45 +203,55 @@ class Adafactor(Optimizer):
             RuntimeError: before anything has changed: a gradient that is sparse or does not fit its parameter, or
                 `compile=True` without a working toolchain.
         """
+        if self._in_backward is not None:
+            raise RuntimeError(
+                "`step()` has nothing to do since StepInBackward steps each parameter in `backward()`; drop the call, or go "
+                "back to ordinary steps with `remove()`"
+            )
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-
-        entries = entries_of(self.param_groups, self.state)
-        plan = self._plan = plan_of(entries, self._plan)
-        compiles = self._compiles(plan)
-        self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
-        for entry in entries:
-            entry.state["step"] += 1
-        tables = tables_of(entries)
-        if self._exchanges:
-            self._step_sharded(plan, entries, tables, compiles)
-        for part in plan.parts:
-            if part.path == "sharded":
-                continue
-            members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
-            if part.path == "reference":
-                for i in part.positions:
-                    step_parameter(*entries[i][1:], plan.update_rms[i])
-            elif part.path == "compiled" and compiles:
-                _routes.step_compiled(part.shape_class, members, numbers)
-            else:
-                _routes.step_eager(members, numbers)
+        self._step(entries_of(self.param_groups, self.state))
         return loss
 
-    def _step_sharded(self, plan: Plan, entries: list[Entry], tables: list[Tensor], compiles: bool) -> None:
-        chosen = [i for part in plan.parts if part.path == "sharded" for i in part.positions]
-        jobs = [
-            _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
-            for i in chosen
-        ]
-        try:
-            _sharded.step(self._exchanges, jobs)
-        except RuntimeError:
-            for entry in entries:
-                entry.state["step"] -= 1
-            raise
+    @torch.no_grad()
+    def step_parameter(self, param: Tensor, group: Group, i: int) -> None:
+        """Step one parameter that has a gradient, as tools do that step in backward.
+
+        Args:
+            param: the parameter; without a gradient, nothing happens.
+            group: its parameter group, from `param_groups`.
+            i: its place in `group["params"]`.
+
+        Raises:
+            RuntimeError: as `step`, before anything has changed.
+        """
+        if isinstance(param, DTensor):
+            raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
+        if param.grad is not None:
+            first = sum(len(other["params"]) for other in self.param_groups[: _index_of(group, self.param_groups)])
+            check_gradient(param, param.grad, first + i)
+            self._step([Entry(first + i, param, param.grad, self.state[param], group)], param)
+            self._opt_called = True  # or torch's schedulers warn that nothing was stepped
+
+    @property
+    def supports_fused_back_pass(self) -> bool:
+        """True: tools may drive `step_parameter` from hooks of their own."""
+        return True
+
+    def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
+        """Step all entries that have a gradient, or one of them `alone`."""
+        plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
+        compiles = self._compiles(plan, alone)
+        if alone is None:
+            self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
+        exchanges = self._exchanges if alone is None else ()
+        if torch.compiler.is_compiling():
+            run(plan, entries, exchanges, compiles)
+        else:
+            with counts_kept_true(entries):
+                run(plan, entries, exchanges, compiles)
 
     def warm_up(self) -> None:
         """Compile everything that steps of these parameters need, ahead of the first step.
@@ -249,18 +269,18 @@ class Adafactor(Optimizer):
         ]
         self._compiles(plan_of(entries, None))
 
-    def _compiles(self, plan: Plan) -> bool:
+    def _compiles(self, plan: Plan, alone: Tensor | None = None) -> bool:
         """Whether compiled parts run compiled; whatever they still lack is compiled here, before anything changes."""
         if torch.compiler.is_compiling():
             return False  # an outer torch.compile compiles the passes inline
-        if self._toolchain_failed or plan is self._ready_for:
+        if self._toolchain_failed or plan is self._ready_for.get(alone):
             return not self._toolchain_failed
         parts = [part for part in plan.parts if part.path == "compiled"]
         try:
             for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
                 calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
                 make_ready(list(chain(*calls)), device, self.show_progress)
-            self._ready_for = plan
+            self._ready_for[alone] = plan
         except (RuntimeError, OSError) as error:
             failure = toolchain_failure(error)
             if failure is None:
@@ -281,6 +301,9 @@ class Adafactor(Optimizer):
             set_to_none: drop them, which saves their memory.
         """
         # Optimizer.zero_grad breaks the graph of a compiled training loop; this loop does not.
+        if self._in_backward is not None:
+            self._in_backward.check()
+            set_to_none = True
         for group in self.param_groups:
             for param in group["params"]:
                 if set_to_none:
@@ -331,3 +354,7 @@ class Adafactor(Optimizer):
         step = step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1)
         lr = unscaled_lr(param_group, step)
         return param_state["RMS"].clamp(min=param_group["eps"][1]) * lr if param_group["scale_parameter"] else lr
+
+
+def _index_of(group: Group, groups: list[Group]) -> int:
+    return next((index for index, other in enumerate(groups) if other is group), len(groups))

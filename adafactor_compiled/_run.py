@@ -1,0 +1,43 @@
+"""The body of a step: step counts, numbers, then every part of the plan on its path."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from adafactor_compiled import _routes, _sharded
+from adafactor_compiled._exchange import Exchange
+from adafactor_compiled._plan import Entry, Plan, members_of, path_of, tables_of
+from adafactor_compiled._reference import step_parameter
+
+
+def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> None:
+    """Step all entries in place; `compiles` says whether compiled parts run compiled."""
+    for entry in entries:
+        entry.state["step"] += 1
+    tables = tables_of(entries)
+    if exchanges:
+        _run_sharded(plan, entries, tables, exchanges, compiles)
+    for part in plan.parts:
+        if part.path == "sharded":
+            continue
+        members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
+        if part.path == "reference":
+            for i in part.positions:
+                step_parameter(*entries[i][1:], plan.update_rms[i])
+        elif part.path == "compiled" and compiles:
+            _routes.step_compiled(part.shape_class, members, numbers)
+        else:
+            _routes.step_eager(members, numbers)
+
+
+def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:
+    chosen = [i for part in plan.parts if part.path == "sharded" for i in part.positions]
+    _sharded.step(
+        exchanges,
+        [
+            _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
+            for i in chosen
+        ],
+    )
