@@ -55,6 +55,16 @@ def entries_of(groups: list[Group], state: Mapping[Tensor, State]) -> list[Entry
     return entries
 
 
+def count_step(entries: list[Entry]) -> None:
+    """Raise the step counts; those in tensors, a kernel each otherwise, by one call."""
+    counts = [entry.state["step"] for entry in entries if isinstance(entry.state["step"], Tensor)]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    for entry in entries:
+        if not isinstance(entry.state["step"], Tensor):
+            entry.state["step"] += 1
+
+
 def path_of(group: Group, param: Tensor | None = None) -> str:
     if isinstance(param, DTensor):
         return "sharded"

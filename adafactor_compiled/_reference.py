@@ -19,23 +19,25 @@ def step_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], group: Gr
     compute_dtype = state["RMS"].dtype
     p, g = param.to(compute_dtype), grad.to(compute_dtype)  # p is param itself unless that is half-precision
     step, (eps, min_scale) = state["step"], group["eps"]
+    step = step.to(compute_dtype) if isinstance(step, torch.Tensor) else step
 
     state["RMS"].copy_(rms(p))  # 2
     alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
     if group["scale_parameter"]:
         alpha = alpha * state["RMS"].clamp(min=min_scale)
-    beta2 = 1.0 - step ** group["decay_rate"]  # 4
+    one_minus_beta2 = step ** group["decay_rate"]  # 4
+    beta2 = 1.0 - one_minus_beta2
 
     squared = g * g + eps  # 5
     if param.ndim >= 2:
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        row.mul_(beta2).add_(squared.mean(-1) * (1.0 - beta2))
-        col.mul_(beta2).add_(squared.mean(-2) * (1.0 - beta2))
+        row.mul_(beta2).add_(squared.mean(-1) * one_minus_beta2)
+        col.mul_(beta2).add_(squared.mean(-2) * one_minus_beta2)
         row_factor = (row / row.mean(-1, keepdim=True)).rsqrt()
         update = g * (row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2))
     else:
         v = state["exp_avg_sq"]
-        v.mul_(beta2).add_(squared * (1.0 - beta2))
+        v.mul_(beta2).add_(squared * one_minus_beta2)
         update = g * v.rsqrt()
 
     update_rms.copy_(rms(update))

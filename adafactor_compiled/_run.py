@@ -8,14 +8,13 @@ from torch import Tensor
 
 from adafactor_compiled import _routes, _sharded
 from adafactor_compiled._exchange import Exchange
-from adafactor_compiled._plan import Entry, Plan, members_of, path_of, tables_of
+from adafactor_compiled._plan import Entry, Plan, count_step, members_of, path_of, tables_of
 from adafactor_compiled._reference import step_parameter
 
 
 def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> None:
     """Step all entries in place; `compiles` says whether compiled parts run compiled."""
-    for entry in entries:
-        entry.state["step"] += 1
+    count_step(entries)
     tables = tables_of(entries)
     if exchanges:
         _run_sharded(plan, entries, tables, exchanges, compiles)

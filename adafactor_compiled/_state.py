@@ -41,7 +41,8 @@ def complete(state: State, param: Tensor, group: Group) -> None:
             state[key] = value.to(param.device)
 
     step = state.get("step", 0)
-    if group["capturable"]:
+    # An int would be part of an outer compiled graph: one graph for each step. What is in a tensor stays there, unread.
+    if group["capturable"] or torch.compiler.is_compiling() or isinstance(step, Tensor):
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     else:
         state["step"] = int(step)
@@ -57,6 +58,10 @@ def complete(state: State, param: Tensor, group: Group) -> None:
             if exp_avg is not None:
                 state["exp_avg"].copy_(exp_avg)
     tensor("RMS")
+    if group["capturable"]:
+        # CUDA graphs made by torch.compile then update these in place; others they would copy in, and not step at all.
+        for value in state.values():
+            torch._dynamo.mark_static_address(value)
 
 
 def portable(state: State) -> State:
@@ -66,9 +71,9 @@ def portable(state: State) -> State:
 
 def adopt(loaded: State, param: Tensor) -> State:
     """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
-    loaded = {**loaded, "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
+    loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
     return {
-        key: _adopted(key, value, param) if isinstance(value, Tensor) and key != "step" else value
+        key: _adopted(key, value, param) if isinstance(value, Tensor) else value
         for key, value in loaded.items()
     }
 

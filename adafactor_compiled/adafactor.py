@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from itertools import chain
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import _options, _placements, _routes, _sharded, _state
+from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _sharded, _state
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._faults import counts_kept_true
@@ -59,7 +60,8 @@ class Adafactor(Optimizer):
         compile: True compiles the multi-tensor path and raises where no toolchain works; False keeps it eager; None compiles
             where the toolchain works and warns once where it does not.
         maximize: maximize the objective; gradients are left as they are.
-        capturable: keep step counts in tensors on the parameters' device, for steps inside torch.compile or a CUDA graph.
+        capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
+            a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
     Every argument but `params` and `show_progress` can be set for a parameter group.
@@ -146,6 +148,8 @@ class Adafactor(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        for group in self.param_groups:
+            _capturable.lr_to_tensor(group)
         self._forget_plans()
 
     def _forget_plans(self) -> None:
@@ -183,6 +187,7 @@ class Adafactor(Optimizer):
             _placements.check_placements(tensor, index)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
+        _capturable.lr_to_tensor(group)
         for param in group["params"]:
             if param.requires_grad:
                 _state.complete(self.state[param], param, group)
@@ -242,7 +247,14 @@ class Adafactor(Optimizer):
 
     def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
         """Step all entries that have a gradient, or one of them `alone`."""
-        plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
+        _capturable.check_capture(self.param_groups)
+        scaling = _amp.Scaling.of(self)
+        if scaling is not None:
+            entries = scaling.unscaled(entries)
+        if torch.compiler.is_compiling():
+            plan = plan_of(entries, None)  # part of the graph, once and for all: neither guarded nor kept
+        else:
+            plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
         compiles = self._compiles(plan, alone)
         if alone is None:
             self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
@@ -250,8 +262,12 @@ class Adafactor(Optimizer):
         if torch.compiler.is_compiling():
             run(plan, entries, exchanges, compiles)
         else:
-            with counts_kept_true(entries):
+            with nullcontext() if scaling is None else scaling.undone_if_overflowed(entries), counts_kept_true(entries):
                 run(plan, entries, exchanges, compiles)
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        return _amp.wanted(self.param_groups)
 
     def warm_up(self) -> None:
         """Compile everything that steps of these parameters need, ahead of the first step.
@@ -334,8 +350,10 @@ class Adafactor(Optimizer):
 
         def keep_dtypes(_: Optimizer) -> None:
             params = [param for group in self.param_groups for param in group["params"]]
+            groups = [group for group in self.param_groups for _ in group["params"]]
             for position, state in _state.loaded_states(loaded):
                 self.state[params[position]] = _state.adopt(state, params[position])
+                _state.complete(self.state[params[position]], params[position], groups[position])
 
         hooks = (
             self.register_load_state_dict_pre_hook(prepare),
