@@ -58,7 +58,7 @@ def complete(state: State, param: Tensor, group: Group) -> None:
             if exp_avg is not None:
                 state["exp_avg"].copy_(exp_avg)
     tensor("RMS")
-    if group["capturable"]:
+    if group["capturable"] and not torch.compiler.is_compiling():
         # CUDA graphs made by torch.compile then update these in place; others they would copy in, and not step at all.
         for value in state.values():
             torch._dynamo.mark_static_address(value)
@@ -72,10 +72,7 @@ def portable(state: State) -> State:
 def adopt(loaded: State, param: Tensor) -> State:
     """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
     loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
-    return {
-        key: _adopted(key, value, param) if isinstance(value, Tensor) else value
-        for key, value in loaded.items()
-    }
+    return {key: _adopted(key, value, param) if isinstance(value, Tensor) else value for key, value in loaded.items()}
 
 
 def _adopted(key: str, value: Tensor, param: Tensor) -> Tensor:
