@@ -79,8 +79,10 @@ class Run:
         self.losses.append(loss.item())
 
     @property
-    def recent_loss(self) -> float:
-        return statistics.fmean(self.losses[-20:])
+    def progress(self) -> str:
+        """Loss and milliseconds a step, of late."""
+        name = self.name.removeprefix("Adafactor, ")
+        return f"{name} {statistics.fmean(self.losses[-20:]):.2f} {statistics.median(self.step_ms[-20:]):.1f} ms"
 
     @property
     def step_time(self) -> Timing:
@@ -111,8 +113,7 @@ def train(runs: list[Run], text: Tensor, steps: int) -> None:
         for done, (x, y) in enumerate(batches(text, steps, BATCH, CONTEXT, SEED), 1):
             for run in runs:
                 run.train_step(x, y)
-            shown = (f"{run.name} {run.recent_loss:.2f}, {statistics.median(run.step_ms[-20:]):.1f} ms" for run in runs)
-            line.show(done, steps, " | ".join(shown))
+            line.show(done, steps, " | ".join(run.progress for run in runs))
 
 
 @torch.no_grad()

@@ -1,5 +1,6 @@
 """The profiles' shared core, and the main job in a small form, run as a user runs it."""
 
+import io
 import json
 import os
 import runpy
@@ -94,6 +95,30 @@ def test_table_is_markdown(shared):
     ]
     with pytest.raises(ValueError, match="a row should have 2 cells but has 1"):
         shared.markdown_table(["", "ms"], [["ours"]])
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class TestProgressLine:
+    def test_is_written_over_and_gone_at_the_end(self, shared, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", Terminal())
+        monkeypatch.setenv("COLUMNS", "60")
+        with shared.ProgressLine("training") as line:
+            line.show(5, 10, "loss 2.31")
+            line.show(10, 10, "x" * 100)
+        first, second, last = sys.stderr.getvalue().split("\r\x1b[K")[1:]
+        assert first == "training [########........] 5/10 loss 2.31"
+        assert len(second) == 59
+        assert last == ""
+
+    def test_is_silent_in_a_log(self, shared, monkeypatch):
+        monkeypatch.setattr(sys, "stderr", io.StringIO())
+        with shared.ProgressLine("training") as line:
+            line.show(5, 10, "loss 2.31")
+        assert sys.stderr.getvalue() == ""
 
 
 @pytest.mark.parametrize("name", SCRIPTS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from _shared.records import RESULTS
 
-WIDTH = 24
+WIDTH = 16
 
 
 class _Threads(argparse.Action):
@@ -65,7 +66,9 @@ class ProgressLine:
         """Draw the bar for `done` of `total`, with `text` behind it."""
         if self.visible:
             filled = WIDTH * done // total
-            sys.stderr.write(f"\r\x1b[K{self.title} [{'#' * filled}{'.' * (WIDTH - filled)}] {done}/{total} {text}")
+            line = f"{self.title} [{'#' * filled}{'.' * (WIDTH - filled)}] {done}/{total} {text}"
+            columns = shutil.get_terminal_size().columns  # a line that wraps could not be written over
+            sys.stderr.write(f"\r\x1b[K{line[: columns - 1]}")
             sys.stderr.flush()
 
 
