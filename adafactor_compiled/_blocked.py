@@ -91,7 +91,8 @@ def finish(new: Averages, param_sq: Tensor, col: Tensor, rms: Tensor, update_rms
     col.copy_(new.col)
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
-    return Factors(new.row_mean, materialize(new.col.rsqrt()), scale, 1.0 - numbers.weight_decay * alpha)
+    decay = 1.0 - numbers.weight_decay * alpha
+    return Factors(new.row_mean, materialize(new.col.rsqrt()), materialize(scale), materialize(decay))
 
 
 def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor) -> None:
