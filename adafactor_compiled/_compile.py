@@ -12,6 +12,8 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.utils._pytree import tree_map_only
 
+from adafactor_compiled._blocked import apply, step_matrix
+from adafactor_compiled._direct import Direct
 from adafactor_compiled._progress import progress
 
 CPU_OPTIONS: dict[str, Any] = {
@@ -24,6 +26,8 @@ CPU_OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
     "scalar_asserts": False,
 }
+
+IN_PLACE = (step_matrix, apply)  # passes that may skip Dynamo's guards: see `Direct`
 
 STATIC_SIZE = 4096  # Inductor sums more elements than this in another way, and specializes a graph on which it is
 
@@ -50,10 +54,12 @@ def compiled(key: Pass) -> Callable[..., Any]:
     Sizes are dynamic: one graph serves every shape of every network. What stays static is in the variant, so that a pass is
     one graph; `isolate_recompiles` keeps Dynamo's recompile limit, which counts by code object, to this one pass.
     """
-    options = CPU_OPTIONS if key.device_type == "cpu" else None
-    return torch.compile(  # type: ignore[call-overload, no-any-return]
-        key.function, dynamic=True, fullgraph=True, isolate_recompiles=True, options=options
-    )
+    compile = functools.partial(torch.compile, key.function, dynamic=True, fullgraph=True, isolate_recompiles=True)
+    if key.device_type != "cpu":
+        return compile()
+    if key.function in IN_PLACE:
+        return Direct(key.function, lambda backend: compile(backend=backend), CPU_OPTIONS)
+    return compile(options=CPU_OPTIONS)
 
 
 def size_variant(*sizes: int) -> tuple[int, ...]:

@@ -1,0 +1,77 @@
+"""The parameter shapes of networks that people train, without the networks."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+
+Shapes = list[tuple[int, ...]]
+
+
+def gpt2() -> Shapes:
+    """GPT-2 124M: 148 tensors, the output head tied to the embedding."""
+    d = 768
+    layer = [(d,), (d,), (d, 3 * d), (3 * d,), (d, d), (d,), (d,), (d,), (d, 4 * d), (4 * d,), (4 * d, d), (d,)]
+    return [(50257, d), (1024, d), *layer * 12, (d,), (d,)]
+
+
+def t5_small() -> Shapes:
+    """T5-small, 60M: 131 tensors, one embedding."""
+    d, ff = 512, 2048
+    attention, feed_forward, bias = [(d, d)] * 4 + [(d,)], [(ff, d), (d, ff), (d,)], [(32, 8)]
+    encoder = attention + feed_forward
+    decoder = attention * 2 + feed_forward
+    return [(32128, d), *bias, *encoder * 6, (d,), *bias, *decoder * 6, (d,)]
+
+
+def vit_b16() -> Shapes:
+    """ViT-B/16, 86M: 152 tensors."""
+    d = 768
+    layer = [(d,), (d,), (3 * d, d), (3 * d,), (d, d), (d,), (d,), (d,), (4 * d, d), (4 * d,), (d, 4 * d), (d,)]
+    return [(1, 1, d), (1, 197, d), (d, 3, 16, 16), (d,), *layer * 12, (d,), (d,), (1000, d), (1000,)]
+
+
+def lora_8b() -> Shapes:
+    """LoRA of rank 16 on all linear layers of an 8B decoder, 42M: 448 small matrices."""
+    d, kv, ff, rank = 4096, 1024, 14336, 16
+    linear = [(d, d), (d, kv), (d, kv), (d, d), (d, ff), (d, ff), (ff, d)]
+    layer = [shape for fan_in, fan_out in linear for shape in ((rank, fan_in), (fan_out, rank))]
+    return layer * 32
+
+
+def resnet50() -> Shapes:
+    """ResNet-50, 25.6M: 161 tensors, 53 convolutions."""
+    shapes: Shapes = [(64, 3, 7, 7), (64,), (64,)]
+    channels = 64
+    for blocks, width in ((3, 64), (4, 128), (6, 256), (3, 512)):
+        for block in range(blocks):
+            for shape in ((width, channels, 1, 1), (width, width, 3, 3), (4 * width, width, 1, 1)):
+                shapes += [shape, shape[:1], shape[:1]]
+            if block == 0:
+                shapes += [(4 * width, channels, 1, 1), (4 * width,), (4 * width,)]
+            channels = 4 * width
+    return [*shapes, (1000, 2048), (1000,)]
+
+
+def decoder_600m() -> Shapes:
+    """A 600M decoder with grouped-query attention and a gated feed-forward, untied head left out."""
+    d, q, kv, ff, layers, vocabulary = 1024, 2048, 1024, 3072, 28, 151936
+    layer = [(d,), (q, d), (kv, d), (kv, d), (128,), (128,), (d, q), (d,), (ff, d), (ff, d), (d, ff)]
+    return [(vocabulary, d), *layer * layers, (d,)]
+
+
+def widths24() -> Shapes:
+    """24 linear layers, each of another width: 48 tensors, 48 shape classes."""
+    widths = [64 + 16 * i + (i % 3) for i in range(25)]
+    return [shape for a, b in itertools.pairwise(widths) for shape in ((b, a), (b,))]
+
+
+NETWORKS: dict[str, Callable[[], Shapes]] = {
+    "gpt2": gpt2,
+    "t5-small": t5_small,
+    "vit-b16": vit_b16,
+    "lora-8b": lora_8b,
+    "resnet50": resnet50,
+    "decoder-600m": decoder_600m,
+    "widths24": widths24,
+}
