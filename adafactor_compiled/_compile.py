@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,12 @@ def size_variant(*sizes: int) -> tuple[int, ...]:
     return tuple((size > 1) + (size > STATIC_SIZE) for size in sizes)
 
 
-_ready: set[Pass] = set()  # of this process, as are the compiled passes
+_ready: dict[Pass, float] = {}  # and the seconds it took; of this process, as are the compiled passes
+
+
+def compile_seconds(key: Pass) -> float | None:
+    """What compiling a pass took in this process; None where it is not compiled."""
+    return _ready.get(key)
 
 
 def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool | None) -> None:
@@ -75,10 +81,11 @@ def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool 
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     for call in progress(missing, "compiling Adafactor", show_progress):
         arguments = tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), call.arguments)
+        start = time.perf_counter()
         # Sizes that happen to be equal in this call stay independent in the graph.
         with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             compiled(call.key)(*arguments)
-        _ready.add(call.key)
+        _ready[call.key] = time.perf_counter() - start
 
 
 def toolchain_failure(error: BaseException) -> str | None:

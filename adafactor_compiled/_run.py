@@ -10,9 +10,10 @@ from adafactor_compiled import _routes, _sharded
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._plan import Entry, Plan, count_step, members_of, path_of, tables_of
 from adafactor_compiled._reference import step_parameter
+from adafactor_compiled.telemetry import Record
 
 
-def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> None:
+def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> Record:
     """Step all entries in place; `compiles` says whether compiled parts run compiled."""
     count_step(entries)
     tables = tables_of(entries)
@@ -29,6 +30,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
             _routes.step_compiled(part.shape_class, members, numbers)
         else:
             _routes.step_eager(members, numbers)
+    return Record([entry.param for entry in entries], tables, [entry.state["RMS"] for entry in entries], plan.update_rms)
 
 
 def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:

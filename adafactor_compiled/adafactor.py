@@ -23,6 +23,8 @@ from adafactor_compiled._plan import Entry, Plan, entries_of, plan_of
 from adafactor_compiled._run import run
 from adafactor_compiled._shape_class import group_by_class
 from adafactor_compiled.step_in_backward import StepInBackward
+from adafactor_compiled.summary import Summary, summary_of
+from adafactor_compiled.telemetry import GroupTelemetry, Record, telemetry_of
 
 
 class Adafactor(Optimizer):
@@ -156,6 +158,7 @@ class Adafactor(Optimizer):
         # Of the whole step under None, and of each parameter that is stepped alone.
         self._plans: dict[Tensor | None, Plan] = {}
         self._ready_for: dict[Tensor | None, Plan] = {}
+        self._records: dict[Tensor | None, Record] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Torch's schedulers wrap `step` once they have noted each group's lr as its "initial_lr", and then multiply it.
@@ -263,7 +266,7 @@ class Adafactor(Optimizer):
             run(plan, entries, exchanges, compiles)
         else:
             with nullcontext() if scaling is None else scaling.undone_if_overflowed(entries), counts_kept_true(entries):
-                run(plan, entries, exchanges, compiles)
+                self._records[alone] = run(plan, entries, exchanges, compiles)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
@@ -277,13 +280,24 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
-        entries = [
-            Entry(-1, param, param, {}, group)
-            for group in self.param_groups
-            for param in group["params"]
-            if param.requires_grad
-        ]
-        self._compiles(plan_of(entries, None))
+        self._compiles(plan_of(self._entries_of_all(), None))
+
+    def _entries_of_all(self) -> list[Entry]:
+        """Entries of every parameter that may get a gradient, as if each were its own gradient."""
+        params = [(param, group) for group in self.param_groups for param in group["params"] if param.requires_grad]
+        return [Entry(-1, param, param, dict(self.state.get(param, {})), group) for param, group in params]
+
+    def telemetry(self) -> list[GroupTelemetry]:
+        """What the last step did, group by group: see `GroupTelemetry`. Costs one small transfer and compiles nothing.
+
+        `adafactor_compiled.telemetry.flat` makes it a flat dict for a logger. Steps inside an outer torch.compile are not seen.
+        """
+        return telemetry_of(self.param_groups, self._records.values())
+
+    def summary(self) -> Summary:
+        """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
+        entries = self._entries_of_all()
+        return summary_of(plan_of(entries, None), entries, not self._toolchain_failed)
 
     def _compiles(self, plan: Plan, alone: Tensor | None = None) -> bool:
         """Whether compiled parts run compiled; whatever they still lack is compiled here, before anything changes."""

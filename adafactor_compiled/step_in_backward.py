@@ -75,6 +75,7 @@ class StepInBackward:
         for index in range(len(optimizer.param_groups)):
             self.attach(index)
         optimizer._in_backward = self
+        optimizer._records.clear()
 
     def attach(self, group_index: int) -> None:
         """Hook the parameters of a group that take gradients."""
@@ -105,6 +106,7 @@ class StepInBackward:
             handle.remove()
         self._handles.clear()
         self.optimizer._in_backward = None
+        self.optimizer._records.clear()
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if isinstance(param.grad, UsedUpGradient):

@@ -1,0 +1,79 @@
+"""What the last step did, group by group, for a logger: computed on the device and fetched in one small transfer."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._numbers import Numbers, step_size
+from adafactor_compiled._options import Group
+from adafactor_compiled._shape_class import group_by_class
+
+
+class Record(NamedTuple):
+    """What a step leaves for telemetry, each field a list over the parameters that took part."""
+
+    params: list[Tensor]
+    tables: list[Tensor]  # their numbers
+    rms: list[Tensor]  # of the parameter before the step
+    update_rms: list[Tensor]
+
+
+class GroupTelemetry(NamedTuple):
+    """Means over the parameters of a group, each as of its own last step; NaN for a group that was never stepped.
+
+    Args:
+        parameters: how many parameters the means are over.
+        lr: the learning rate in use, scaled by the parameter's RMS where `scale_parameter` is set.
+        param_rms: RMS of the parameter before the step.
+        update_rms: RMS of the update before clipping and before the learning rate.
+        clipped: share of the parameters whose update was clipped, from 0 to 1.
+    """
+
+    parameters: int
+    lr: float
+    param_rms: float
+    update_rms: float
+    clipped: float
+
+
+def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTelemetry]:
+    """Telemetry of each group; reads one small tensor for each device."""
+    last = {id(param): line for record in records for param, *line in zip(*record, strict=True)}
+    # An empty parameter has no RMS.
+    stepped = [[param for param in group["params"] if id(param) in last and param.numel()] for group in groups]
+    chosen = [[last[id(param)] for param in params] for params in stepped]
+    values = [[float("nan")] * 4] * len(groups)
+    occupied = [i for i, lines in enumerate(chosen) if lines]
+    devices = group_by_class(chosen[i][0][1].device for i in occupied)
+    for of_device in devices.values():
+        positions = [occupied[i] for i in of_device]
+        means = torch.stack([_means(chosen[i]) for i in positions]).tolist()
+        for i, value in zip(positions, means, strict=True):
+            values[i] = value
+    return [GroupTelemetry(len(lines), *value) for lines, value in zip(chosen, values, strict=True)]
+
+
+def _means(lines: Sequence[Sequence[Tensor]]) -> Tensor:
+    tables, rms, update_rms = (torch.stack([x.detach().to(torch.float32) for x in field]) for field in zip(*lines, strict=True))
+    numbers = Numbers.of(tables)
+    clipped = (update_rms > numbers.clip_threshold).to(torch.float32)
+    return torch.stack([step_size(numbers, rms), rms, update_rms, clipped]).mean(-1)
+
+
+def flat(telemetry: Sequence[GroupTelemetry], prefix: str = "adafactor/") -> Mapping[str, float]:
+    """A flat dict for any logger: `adafactor/lr` and so on, with `group0/` and so on where there are several groups.
+
+    Args:
+        telemetry: what `Adafactor.telemetry` returned.
+        prefix: how each key begins.
+    """
+    several = len(telemetry) > 1
+    return {
+        f"{prefix}{f'group{index}/' if several else ''}{name}": value
+        for index, group in enumerate(telemetry)
+        for name, value in group._asdict().items()
+    }

@@ -1,0 +1,155 @@
+"""Interruptions in the middle of a step: step counts stay true, the error says who was stepped, and the next step works."""
+
+import copy
+import sys
+
+import pytest
+import torch
+
+from adafactor_compiled import Adafactor, _depth_first, _routes, _run
+
+SHAPES = [(6, 8), (6, 8), (4, 4), (5,), (5,), ()]
+PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
+
+
+def parameters():
+    generator = torch.Generator().manual_seed(0)
+    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
+
+
+def set_gradients(params, seed):
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def steps_of(optimizer, params):
+    return [int(optimizer.state[p]["step"]) for p in params]
+
+
+def fail_at(monkeypatch, module, name, call, error):
+    """Have the call-th call of a function raise instead."""
+    function, calls = getattr(module, name), []
+
+    def failing(*args, **kwargs):
+        calls.append(None)
+        if len(calls) == call:
+            raise error
+        return function(*args, **kwargs)
+
+    monkeypatch.setattr(module, name, failing)
+
+
+def told(error):
+    """The message of an error with its notes, which Python 3.10 has in its arguments."""
+    return " ".join([*map(str, error.args), *getattr(error, "__notes__", [])])
+
+
+INTERRUPTED = {
+    # path: (module, function that is called part by part, stepped before its second call, as the note has it)
+    "reference": (_run, "step_parameter", [0], ": of 6 parameters, 0 had been stepped"),
+    "multi-tensor": (_routes, "step_eager", [0, 1], ": of 6 parameters, 0-1 had been stepped"),
+    "compiled": (_depth_first, "_step_whole", [0], ": of 6 parameters, 0 had been stepped"),
+}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError, MemoryError])
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("path", INTERRUPTED)
+def test_between_parameters(monkeypatch, path, capturable, error):
+    module, name, stepped, message = INTERRUPTED[path]
+    params = parameters()
+    optimizer = Adafactor(params, **PATHS[path], capturable=capturable)
+    set_gradients(params, 0)
+    optimizer.step()
+    twins = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    twin = Adafactor(twins, **PATHS[path], capturable=capturable)
+    twin.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+
+    with monkeypatch.context() as patched:
+        fail_at(patched, module, name, 2, error)
+        with pytest.raises(error) as raised:
+            optimizer.step()
+    assert message in told(raised.value)
+    assert steps_of(optimizer, params) == [2 if i in stepped else 1 for i in range(len(params))]
+
+    # As if the others had had no gradient: from here on both go on alike.
+    for i, (p, q) in enumerate(zip(params, twins, strict=True)):
+        q.grad = p.grad if i in stepped else None
+    twin.step()
+    set_gradients(params, 1)
+    set_gradients(twins, 1)
+    optimizer.step()
+    twin.step()
+    for p, q in zip(params, twins, strict=True):
+        # One parameter alone may be summed in another order than several that are stacked.
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("path", INTERRUPTED)
+def test_before_the_first_parameter_there_is_nothing_to_say(monkeypatch, path):
+    module, name, *_ = INTERRUPTED[path]
+    params = parameters()
+    optimizer = Adafactor(params, **PATHS[path])
+    set_gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    with monkeypatch.context() as patched:
+        fail_at(patched, module, name, 1, KeyboardInterrupt)
+        with pytest.raises(KeyboardInterrupt) as raised:
+            optimizer.step()
+    assert told(raised.value) == ""
+    assert repr(optimizer.state_dict()) == repr(before[0])
+    assert all(torch.equal(p, q) for p, q in zip(params, before[1], strict=True))
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+@pytest.mark.parametrize("path", ["reference", "multi-tensor"])
+def test_at_every_call_within_a_step(path, capturable):
+    """An interruption at the n-th call of any function within a step, for every n: counted if and only if written."""
+    params = parameters()
+    optimizer = Adafactor(params, beta1=0.9, **PATHS[path], capturable=capturable)
+    set_gradients(params, 0)
+    optimizer.step()
+    interruptions, partial, done = 0, 0, False
+    while not done:
+        steps, values = steps_of(optimizer, params), [p.detach().clone() for p in params]
+        calls = 0
+
+        def interrupt(frame, event, argument, target=interruptions):
+            nonlocal calls
+            if event in ("call", "c_call"):
+                calls += 1
+                if calls == target + 1:
+                    raise KeyboardInterrupt
+
+        try:
+            sys.setprofile(interrupt)
+            optimizer.step()
+            done = calls <= interruptions
+        except KeyboardInterrupt:
+            pass
+        finally:
+            sys.setprofile(None)
+        counted = [after - before for after, before in zip(steps_of(optimizer, params), steps, strict=True)]
+        written = [int(not torch.equal(p, q)) for p, q in zip(params, values, strict=True)]
+        assert counted == written, f"at call {interruptions}"
+        partial += 0 < sum(counted) < len(params)
+        interruptions += 7  # every seventh call: a prime number, so that no pattern of calls is skipped
+    assert interruptions > 100
+    assert partial > 0
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in params)
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_gradient_that_is_not_finite_spoils_its_own_parameter_alone(path, value):
+    params = parameters()
+    optimizer = Adafactor(params, **PATHS[path])
+    set_gradients(params, 0)
+    params[0].grad[1, 2] = value
+    params[3].grad[2] = value
+    optimizer.step()
+    spoiled = [not bool(torch.isfinite(p).all()) for p in params]
+    assert spoiled == [True, False, False, True, False, False]
