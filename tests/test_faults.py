@@ -130,6 +130,7 @@ def test_at_every_call_within_a_step(path, capturable):
             done = True
         except KeyboardInterrupt:
             sys.setprofile(None)
+            torch.set_grad_enabled(True)  # torch.no_grad may have been interrupted on its way out
         counted = [after - before for after, before in zip(steps_of(optimizer, params), steps, strict=True)]
         written = [int(not torch.equal(p, q)) for p, q in zip(params, values, strict=True)]
         assert counted == written, f"at call {interruptions}"
