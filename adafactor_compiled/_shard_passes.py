@@ -6,15 +6,16 @@ is not known once its piece of the row has been read, so that the weighted squar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from adafactor_compiled import _blocked
 from adafactor_compiled._blocked import Averages, Factors, Sums, materialize
 from adafactor_compiled._compile import size_variant
-from adafactor_compiled._depth_first import Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
+from adafactor_compiled._depth_first import Blocking, Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Runner
 
@@ -56,14 +57,14 @@ class Piece:
     """
 
     def __init__(self, x: Matrix, table: Tensor, run: Runner, compiled: bool) -> None:
-        self.x, self.table, self.run = x, table, run
+        self.x, self.table = x, table
         *self.lead, rows, columns = x.p.shape
         self.blocking = blocking_of(tuple(x.p.shape)) if compiled and can_compile(x.p, x.g) else None
-        blocking = self.blocking
-        if blocking is None or not blocking.whole:
-            self.blocks = (1, rows)
-        else:
-            self.blocks = (rows // blocking.block, blocking.block)
+        self.run = run if self.blocking is not None else _run_eagerly
+        whole = self.blocking is None or self.blocking.whole
+        self.chunked = None if whole else self.blocking  # too large to be read twice in one go
+        block = rows if self.blocking is None else self.blocking.block
+        self.blocks = (rows // block, block) if rows else (1, 0)
         self.variant = size_variant(*self.lead, *self.blocks, columns)
 
     def _cut(self, x: Tensor) -> Tensor:
@@ -72,41 +73,68 @@ class Piece:
 
     def statistics(self) -> Sums:
         """The sums of each slice; brings `x.row` up to date."""
-        x, blocking = self.x, self.blocking
-        if blocking is None or blocking.whole:
-            sums: Sums = self.run(
-                _blocked.statistics,
-                self.variant,
-                self._cut(x.p),
-                self._cut(x.g),
-                _unflatten(x.row, -1, self.blocks),
-                self.table,
-            )
-            return sums
-        sums = statistics_in_chunks(blocking, x, self.table, self.run)
-        col_sq, weighted_sq = (_unflatten(y, 0, self.lead) if self.lead else y[0] for y in (sums.col_sq, sums.weighted_sq))
-        return Sums(col_sq, weighted_sq, sums.row.reshape(self.lead), sums.param_sq)
+        x = self.x
+        if self.chunked is not None:
+            sums = statistics_in_chunks(self.chunked, x, self.table, self.run)
+            lead = self.lead
+            return Sums(self._of_slices(sums.col_sq), self._of_slices(sums.weighted_sq), sums.row.reshape(lead), sums.param_sq)
+        row = _unflatten(x.row, -1, self.blocks)
+        whole: Sums = self.run(_blocked.statistics, self.variant, self._cut(x.p), self._cut(x.g), row, self.table)
+        return whole
 
     def plain_sums(self) -> PlainSums:
-        sums: PlainSums = self.run(plain_sums, self.variant, self._cut(self.x.p), self._cut(self.x.g), self.table)
-        return sums._replace(row_sq=sums.row_sq.flatten(-2))
+        x = self.x
+        if self.chunked is None:
+            sums: PlainSums = self.run(plain_sums, self.variant, self._cut(x.p), self._cut(x.g), self.table)
+            return sums._replace(row_sq=sums.row_sq.flatten(-2))
+        p, g = (y.view(self.chunked[:3]) for y in (x.p, x.g))
+        of_slices = []
+        for i in range(self.chunked.slices):
+            of_chunks = [
+                self.run(plain_sums, size_variant(*blocks), p[i, part].view(blocks), g[i, part].view(blocks), self.table)
+                for part, blocks in self._chunks(self.chunked)
+            ]
+            row_sq, col_sq, param_sq = zip(*of_chunks, strict=True)
+            of_slices.append((torch.cat([y.flatten() for y in row_sq]), sum(col_sq), sum(param_sq)))
+        row_sqs, col_sqs, param_sqs = zip(*of_slices, strict=True)
+        return PlainSums(self._of_slices(torch.stack(row_sqs)), self._of_slices(torch.stack(col_sqs)), sum(param_sqs))
 
     def weighted_rows(self, col: Tensor) -> Tensor:
-        weighted: Tensor = self.run(weighted_rows, self.variant, self._cut(self.x.g), col, self.table)
-        return weighted.flatten(-2)
+        g = self.x.g
+        if self.chunked is None:
+            weighted: Tensor = self.run(weighted_rows, self.variant, self._cut(g), col, self.table)
+            return weighted.flatten(-2)
+        g, col = g.view(self.chunked[:3]), col.reshape(-1, col.shape[-1])
+        of_chunks = [
+            self.run(weighted_rows, size_variant(*blocks), g[i, part].view(blocks), col[i], self.table).flatten()
+            for i in range(self.chunked.slices)
+            for part, blocks in self._chunks(self.chunked)
+        ]
+        return torch.cat(of_chunks).view(*self.lead, -1)
+
+    def _chunks(self, blocking: Blocking) -> list[tuple[slice, tuple[int, int, int]]]:
+        return [(part, (n, block, blocking.columns)) for part, n, block in blocking.chunks()]
+
+    def _of_slices(self, x: Tensor) -> Tensor:
+        """[slices, ...] with the leading dimensions of the piece."""
+        return x.view(*self.lead, *x.shape[1:])
 
     def finish(self, new: Averages, param_sq: Tensor, numel: int) -> None:
         """All writes of the step but that of the rows, which are up to date in `x.row`."""
-        x, table, blocking = self.x, self.table, self.blocking
+        x, table = self.x, self.table
         f: Factors = _blocked.finish(new, param_sq, x.col, x.rms, x.update_rms, table, numel)
-        if blocking is None or blocking.whole:
-            exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
-            row = _unflatten(x.row, -1, self.blocks)
-            self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table)
-        else:
-            slices = blocking.slices
+        if self.chunked is not None:
+            slices = self.chunked.slices
             f = f._replace(row_mean=f.row_mean.reshape(slices), col_factor=f.col_factor.reshape(slices, -1))
-            apply_in_chunks(blocking, x, f, table, self.run)
+            apply_in_chunks(self.chunked, x, f, table, self.run)
+            return
+        exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
+        row = _unflatten(x.row, -1, self.blocks)
+        self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table)
+
+
+def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:

@@ -7,7 +7,7 @@ all_reduce every rank has what it needs of the whole parameters. Which sums thes
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -87,28 +87,30 @@ def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Pieces]
         yield _Vectors(*zip(*(vectors[i] for i in chosen), strict=True))
 
 
-def _local(x: Tensor) -> Tensor:
+def local(x: Tensor) -> Tensor:
     """The piece of this rank; plain tensors are their own."""
     if isinstance(x, DTensor):
         x = x.to_local().detach()
     return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
-def _local_grad(entry: Entry) -> Tensor:
+def local_grad(entry: Entry) -> Tensor:
     """The gradient placed as its parameter is; a sum that is still due over the ranks is taken here."""
     param, grad = entry.param, entry.grad
     if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
         grad = grad.redistribute(param.device_mesh, param.placements)
-    return _local(grad)
+    return local(grad)
+
+
+def pass_of(entry: Entry, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
+    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None)
+    return Pass(function, entry.param.device.type, (*static, *variant))
 
 
 def _runner(job: Job) -> Runner:
-    if not job.compiles:
-        return lambda function, variant, *arguments: function(*arguments)
-    param, grad, group = job.entry.param, job.entry.grad, job.entry.group
-    static = (param.dtype, grad.dtype, group["beta1"] is not None)
-    device = param.device.type
-    return lambda function, variant, *arguments: compiled(Pass(function, device, (*static, *variant)))(*arguments)
+    if job.compiles:
+        return lambda function, variant, *arguments: compiled(pass_of(job.entry, function, variant))(*arguments)
+    return lambda function, variant, *arguments: function(*arguments)
 
 
 class _Pieces:
@@ -130,13 +132,13 @@ class _Matrix(_Pieces):
         self.slot, self.table = slot, job.table
         *_, self.rows, self.columns = entry.param.shape
         self.numel = entry.param.numel()
-        self.row = _local(state["exp_avg_sq_row"])
+        self.row = local(state["exp_avg_sq_row"])
         self.x = Matrix(
-            _local(entry.param),
-            _local_grad(entry),
+            local(entry.param),
+            local_grad(entry),
             self.row.clone(),  # passes write it before the ranks have agreed
-            _local(state["exp_avg_sq_col"]),
-            _local(state["exp_avg"]) if entry.group["beta1"] is not None else None,
+            local(state["exp_avg_sq_col"]),
+            local(state["exp_avg"]) if entry.group["beta1"] is not None else None,
             state["RMS"].view(1),
             job.update_rms.view(1),
         )
@@ -231,7 +233,7 @@ MATRICES: dict[Split, type[_Matrix]] = {
 def _vector_class(job: Job) -> tuple[Any, ...]:
     entry = job.entry
     param, grad, momentum = entry.param, entry.grad, entry.group["beta1"] is not None
-    return _local(param).shape, param.shape, param.dtype, grad.dtype, param.device, momentum, job.compiles
+    return local(param).shape, param.shape, param.dtype, grad.dtype, param.device, momentum, job.compiles
 
 
 class _Vectors(_Pieces):
@@ -244,12 +246,12 @@ class _Vectors(_Pieces):
         self.slots, self.table = slots, torch.stack([job.table for job in jobs])
         self.numel = entries[0].param.numel()
         self.members = Members(
-            params=[_local(x.param) for x in entries],
-            grads=[_local_grad(x) for x in entries],
+            params=[local(x.param) for x in entries],
+            grads=[local_grad(x) for x in entries],
             rows=[],
             cols=[],
-            exp_avg_sqs=[_local(x.state["exp_avg_sq"]) for x in entries],
-            exp_avgs=[_local(x.state["exp_avg"]) for x in entries] if entries[0].group["beta1"] is not None else [],
+            exp_avg_sqs=[local(x.state["exp_avg_sq"]) for x in entries],
+            exp_avgs=[local(x.state["exp_avg"]) for x in entries] if entries[0].group["beta1"] is not None else [],
             rms=[x.state["RMS"] for x in entries],
             update_rms=[job.update_rms for job in jobs],
         )

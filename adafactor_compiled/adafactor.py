@@ -13,13 +13,13 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _sharded, _state
+from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _sharded, _sharded_calls, _state
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._faults import counts_kept_true
 from adafactor_compiled._numbers import unscaled_lr
 from adafactor_compiled._options import Group, check_gradient
-from adafactor_compiled._plan import Entry, Plan, entries_of, plan_of
+from adafactor_compiled._plan import Entry, Plan, entries_of, path_of, plan_of
 from adafactor_compiled._run import run
 from adafactor_compiled._shape_class import group_by_class
 from adafactor_compiled.step_in_backward import StepInBackward
@@ -258,7 +258,7 @@ class Adafactor(Optimizer):
             plan = plan_of(entries, None)  # part of the graph, once and for all: neither guarded nor kept
         else:
             plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
-        compiles = self._compiles(plan, alone)
+        compiles = self._compiles(plan, entries, alone)
         if alone is None:
             self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
         exchanges = self._exchanges if alone is None else ()
@@ -272,6 +272,7 @@ class Adafactor(Optimizer):
     def _step_supports_amp_scaling(self) -> bool:
         return _amp.wanted(self.param_groups)
 
+    @torch.no_grad()  # as in a step: a graph is compiled for one grad mode
     def warm_up(self) -> None:
         """Compile everything that steps of these parameters need, ahead of the first step.
 
@@ -280,7 +281,8 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
-        self._compiles(plan_of(self._entries_of_all(), None))
+        entries = self._entries_of_all()
+        self._compiles(plan_of(entries, None), entries)
 
     def _entries_of_all(self) -> list[Entry]:
         """Entries of every parameter that may get a gradient, as if each were its own gradient."""
@@ -299,7 +301,7 @@ class Adafactor(Optimizer):
         entries = self._entries_of_all()
         return summary_of(plan_of(entries, None), entries, not self._toolchain_failed)
 
-    def _compiles(self, plan: Plan, alone: Tensor | None = None) -> bool:
+    def _compiles(self, plan: Plan, entries: list[Entry], alone: Tensor | None = None) -> bool:
         """Whether compiled parts run compiled; whatever they still lack is compiled here, before anything changes."""
         if torch.compiler.is_compiling():
             return False  # an outer torch.compile compiles the passes inline
@@ -310,6 +312,9 @@ class Adafactor(Optimizer):
             for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
                 calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
                 make_ready(list(chain(*calls)), device, self.show_progress)
+            sharded = [x for x in entries if isinstance(x.param, DTensor) and path_of(x.group) == "compiled"]
+            for device, of_device in group_by_class(x.param.device for x in sharded).items():
+                make_ready(_sharded_calls.calls_of(sharded[i] for i in of_device), device, self.show_progress)
             self._ready_for[alone] = plan
         except (RuntimeError, OSError) as error:
             failure = toolchain_failure(error)

@@ -6,11 +6,16 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from sharded_training import Bag, train_beside_unsharded
 from torch import nn
+from torch._dynamo.utils import counters
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
+
+from adafactor_compiled import Adafactor, _compile, _depth_first
 
 SHAPES = [(64, 48), (7, 5), (3, 17), (1, 9), (6, 1), (130,), (3,), (1,), (5, 4, 3), (2, 3, 4), (5, 2, 3, 3), (90, 40), (0, 4)]
 
@@ -75,3 +80,40 @@ def check_one_all_reduce() -> None:
 def test_one_all_reduce_a_step(ranks):
     """Also without gradients, since a rank cannot know that the others have none; the README states the bytes."""
     ranks(2).run(check_one_all_reduce)
+
+
+def check_compiled(placements: list[Any], shapes: list[tuple[int, ...]]) -> None:
+    """All passes are compiled ahead, and none again for other shapes or later steps."""
+    mesh = init_device_mesh("cpu", (2,) * len(placements))
+    params = [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes).parameters()]
+    for rank in range(dist.get_world_size()):  # one rank compiles, and the others find it on the disk
+        if rank == dist.get_rank():
+            Adafactor(params, **OPTIONS[1], compile=True).warm_up()
+        dist.barrier()
+    compiled = counters["stats"]["unique_graphs"]
+    assert compiled == len(_compile._ready) > 0
+    train_beside_unsharded(params, OPTIONS[1], {"compile": True})
+    assert counters["stats"]["unique_graphs"] == compiled == len(_compile._ready)
+
+
+def check_compiled_in_chunks() -> None:
+    """Matrices that are too large to be read twice in one go, of which 100 x 80 shall be one."""
+    sizes = {"BLOCK_NUMEL": 500, "CHUNK_NUMEL": 1500, "WHOLE_NUMEL": 3000}
+    before = {name: getattr(_depth_first, name) for name in sizes}
+    try:
+        for name, size in sizes.items():
+            setattr(_depth_first, name, size)
+        _depth_first.blocking_of.cache_clear()
+        check_compiled([Shard(0)], [(100, 80), (211, 70)])
+        check_compiled([Shard(1)], [(100, 80), (3, 211, 70)])
+    finally:
+        for name, size in before.items():
+            setattr(_depth_first, name, size)
+        _depth_first.blocking_of.cache_clear()
+
+
+def test_compiled(ranks):
+    pair = ranks(2)
+    pair.run(check_compiled, [Shard(0)], [(64, 48), (90, 40), (1, 5), (130,), (44,), (3,)], timeout=280.0)
+    pair.run(check_compiled, [Shard(1)], [(64, 48), (90, 40)], timeout=280.0)
+    pair.run(check_compiled_in_chunks, timeout=280.0)
