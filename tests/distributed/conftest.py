@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from ranks import Ranks
+
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # readme_blocks, when this folder is tested alone
 
 
 @pytest.fixture(scope="session")
