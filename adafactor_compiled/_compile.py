@@ -13,7 +13,6 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.utils._pytree import tree_map_only
 
-from adafactor_compiled._blocked import apply, step_matrix
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._progress import progress
 
@@ -28,9 +27,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "scalar_asserts": False,
 }
 
-IN_PLACE = (step_matrix, apply)  # passes that may skip Dynamo's guards: see `Direct`
-
-STATIC_SIZE = 4096  # Inductor sums more elements than this in another way, and specializes a graph on which it is
+EXAMPLE_SIZE = 4096  # the most elements that Inductor sums in one plain loop: no example is larger in any dimension
 
 
 class Pass(NamedTuple):
@@ -56,16 +53,14 @@ def compiled(key: Pass) -> Callable[..., Any]:
     one graph; `isolate_recompiles` keeps Dynamo's recompile limit, which counts by code object, to this one pass.
     """
     compile = functools.partial(torch.compile, key.function, dynamic=True, fullgraph=True, isolate_recompiles=True)
-    if key.device_type != "cpu":
-        return compile()
-    if key.function in IN_PLACE:
-        return Direct(key.function, lambda backend: compile(backend=backend), CPU_OPTIONS)
-    return compile(options=CPU_OPTIONS)
+    return (
+        Direct(key.function, lambda backend: compile(backend=backend), CPU_OPTIONS) if key.device_type == "cpu" else compile()
+    )
 
 
 def size_variant(*sizes: int) -> tuple[int, ...]:
-    """What a graph with these dynamic sizes depends on: which are 1 and which are large."""
-    return tuple((size > 1) + (size > STATIC_SIZE) for size in sizes)
+    """What a graph with these dynamic sizes depends on: which of them are 1."""
+    return tuple(min(size, 2) for size in sizes)
 
 
 _ready: dict[Pass, float] = {}  # and the seconds it took; of this process, as are the compiled passes
@@ -80,12 +75,19 @@ def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool 
     """Compile the passes that are not compiled yet, by calling each on tensors made for it."""
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     for call in progress(missing, "compiling Adafactor", show_progress):
-        arguments = tree_map_only(Tensor, lambda x: torch.zeros_like(x, device=device), call.arguments)
         start = time.perf_counter()
+        arguments = tree_map_only(Tensor, functools.partial(_example_of, device=device), call.arguments)
         # Sizes that happen to be equal in this call stay independent in the graph.
         with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
             compiled(call.key)(*arguments)
         _ready[call.key] = time.perf_counter() - start
+
+
+def _example_of(x: Tensor, device: torch.device) -> Tensor:
+    """Zeros laid out as `x`, on the CPU no larger than its graph needs."""
+    if device.type != "cpu":
+        return torch.zeros_like(x, device=device)
+    return torch.zeros([min(size, EXAMPLE_SIZE) for size in x.shape], dtype=x.dtype, device=device)
 
 
 def toolchain_failure(error: BaseException) -> str | None:
