@@ -53,7 +53,7 @@ def _sum_twice(x: Tensor) -> Tensor:
 
 
 class Factors(NamedTuple):
-    """What turns a gradient into a step: p <- p * decay - g * sqrt(row_mean / row) * scale * col_factor."""
+    """What turns a gradient into a step: p <- p - (p * decay + g * sqrt(row_mean / row) * scale * col_factor)."""
 
     row_mean: Tensor  # [...]
     col_factor: Tensor  # [..., C]
@@ -74,7 +74,8 @@ def averages(sums: Sums, col: Tensor, table: Tensor, rows: int) -> Averages:
     numbers = Numbers.of(table)
     new_col = materialize(col * numbers.beta2 + (sums.col_sq / rows + numbers.eps) * numbers.one_minus_beta2)
     row_mean = sums.row / rows
-    return Averages(row_mean, new_col, (sums.weighted_sq * (row_mean.unsqueeze(-1) / new_col)).sum())
+    # row_mean / new_col first would overflow for a column without gradient beside large ones: 1e8 / 1e-30.
+    return Averages(row_mean, new_col, (sums.weighted_sq / new_col * row_mean.unsqueeze(-1)).sum())
 
 
 def factors(sums: Sums, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, rows: int, numel: int) -> Factors:
@@ -91,7 +92,7 @@ def finish(new: Averages, param_sq: Tensor, col: Tensor, rms: Tensor, update_rms
     col.copy_(new.col)
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
-    decay = 1.0 - numbers.weight_decay * alpha
+    decay = numbers.weight_decay * alpha
     return Factors(new.row_mean, materialize(new.col.rsqrt()), materialize(scale), materialize(decay))
 
 
@@ -105,7 +106,8 @@ def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors,
     if exp_avg is not None:
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
         exp_avg.copy_(update)
-    p.copy_(p.to(table.dtype) * f.decay - update)
+    wide_p = p.to(table.dtype)
+    p.copy_(wide_p - (wide_p * f.decay + update))
 
 
 def step_matrix(

@@ -65,8 +65,10 @@ def _step_matrices(members: Members, table: Tensor) -> None:
         torch._foreach_mul_(update, numbers.one_minus_beta1.unbind())
         torch._foreach_add_(members.exp_avgs, update)
         update = members.exp_avgs
-    decayed = torch._foreach_mul(params, (1.0 - numbers.weight_decay * alpha).unbind())  # 9
-    torch._foreach_copy_(members.params, torch._foreach_sub(decayed, update))  # 10
+    # p - (p * decay + update): p * (1 - decay) would round 1 - decay, the same way at every step.
+    decrease = torch._foreach_mul(params, (numbers.weight_decay * alpha).unbind())  # 9
+    torch._foreach_add_(decrease, update)
+    torch._foreach_copy_(members.params, torch._foreach_sub(params, decrease))  # 10
 
     torch._foreach_copy_(members.rms, param_rms.unbind())
     torch._foreach_copy_(members.update_rms, update_rms.unbind())
@@ -154,7 +156,7 @@ def apply_stacked(x: Stacked, new: StackedUpdate, table: Tensor, numel: int) -> 
     if x.exp_avgs is not None:  # 8
         update = x.exp_avgs * numbers.beta1 + update * numbers.one_minus_beta1
         x.exp_avgs.copy_(update)
-    x.params.copy_(p - p * (numbers.weight_decay * alpha) - update)  # 9, 10
+    x.params.copy_(p - (p * (numbers.weight_decay * alpha) + update))  # 9, 10
 
     x.exp_avg_sqs.copy_(new.exp_avg_sqs)
     x.rms.copy_(param_rms)

@@ -1,0 +1,24 @@
+"""Settings of the whole suite: Hypothesis profiles, and the parity figures that a run ends with."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import tolerances
+from hypothesis import HealthCheck, settings
+
+# A step of a drawn problem may compile, and a shared machine may be slow: no deadline anywhere.
+COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}
+settings.register_profile("ci", derandomize=True, print_blob=True, **COMMON)
+settings.register_profile("dev", print_blob=True, **COMMON)  # new examples each run; a failure prints how to replay it
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Show how close the paths came, where this run compared any."""
+    if tolerances.largest_errors:
+        terminalreporter.section("largest error of a parameter, relative to its largest element")
+        for (path, dtype), error in sorted(tolerances.largest_errors.items(), key=str):
+            limit = tolerances.TOLERANCES[dtype].param
+            terminalreporter.write_line(f"{path:<42} {dtype!s:<15} {error:8.1e}   (limit {limit:.1e})")
