@@ -1,0 +1,124 @@
+"""Grouping into shape classes: a pure function that loses, doubles and reorders nothing, and a plan that is kept."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from strategies import Problem, problems
+
+from adafactor_compiled import Adafactor
+from adafactor_compiled._plan import entries_of, plan_of
+from adafactor_compiled._shape_class import group_by_class, shape_class_of
+
+
+@settings(max_examples=200)
+@given(keys=st.lists(st.integers(0, 5)))
+def test_grouping_keeps_each_position_once_and_in_order(keys: list[int]) -> None:
+    classes = group_by_class(keys)
+    assert sorted(i for positions in classes.values() for i in positions) == list(range(len(keys)))
+    for key, positions in classes.items():
+        assert positions == sorted(positions)
+        assert all(keys[i] == key for i in positions)
+    assert list(classes) == list(dict.fromkeys(keys))
+    assert group_by_class(keys) == classes
+
+
+def test_a_class_is_what_a_graph_depends_on() -> None:
+    def class_of(shape: tuple[int, ...] = (4, 6), momentum: bool = False, **like: Any) -> Any:
+        p = torch.zeros(shape, **like)
+        return shape_class_of(p, torch.zeros_like(p), momentum)
+
+    p = torch.zeros(4, 6)
+    assert class_of() == class_of()
+    others = [
+        class_of((6, 4)),
+        class_of(dtype=torch.float64),
+        class_of(momentum=True),
+        class_of(device="meta"),
+        shape_class_of(p, p.mT.contiguous().mT, False),
+        shape_class_of(p, p.double(), False),
+        shape_class_of(p.mT.contiguous().mT, p, False),
+    ]
+    assert len({class_of(), *others}) == 1 + len(others)
+
+
+@settings(max_examples=60)
+@given(problem=problems())
+def test_plan_covers_each_gradient_once(problem: Problem) -> None:
+    groups = problem.param_groups()
+    optimizer = Adafactor(groups)
+    problem.set_gradients(groups, 0)
+    entries = entries_of(optimizer.param_groups, optimizer.state)
+    params = [p for group in groups for p in group["params"]]
+    assert [e.position for e in entries] == [i for i, p in enumerate(params) if p.grad is not None]
+    assert all(e.param is params[e.position] and e.grad is e.param.grad for e in entries)
+    plan = plan_of(entries, None)
+    assert sorted(i for part in plan.parts for i in part.positions) == list(range(len(entries)))
+    for part in plan.parts:
+        for i in part.positions:
+            momentum = entries[i].group["beta1"] is not None
+            assert part.shape_class == shape_class_of(entries[i].param, entries[i].grad, momentum)
+
+
+def make_optimizer() -> tuple[list[torch.Tensor], Adafactor]:
+    params = [torch.ones(4, 6, requires_grad=True) for _ in range(3)] + [torch.ones(5, requires_grad=True)]
+    groups = [{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.1}]
+    return params, Adafactor(groups, lr=torch.tensor(1e-3), relative_step=False, compile=False)
+
+
+def step(params: list[torch.Tensor], optimizer: Adafactor) -> Any:
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    return optimizer._plan
+
+
+def test_members_of_different_groups_share_a_class() -> None:
+    params, optimizer = make_optimizer()
+    assert [part.positions for part in step(params, optimizer).parts] == [[0, 1, 2], [3]]
+
+
+# Numbers are data: none of these is a reason to group again.
+KEEPS: dict[str, Any] = {
+    "lr": 5e-4,
+    "eps": (1e-12, 1e-2),
+    "clip_threshold": None,
+    "decay_rate": -0.5,
+    "weight_decay": 0.5,
+    "scale_parameter": False,
+    "maximize": True,
+}
+REDOES: dict[str, Any] = {"beta1": 0.9, "foreach": False, "capturable": True}
+
+
+@pytest.mark.parametrize("option", [*KEEPS, *REDOES])
+def test_plan_is_kept_unless_an_option_changes_the_graph(option: str) -> None:
+    params, optimizer = make_optimizer()
+    plan = step(params, optimizer)
+    assert step(params, optimizer) is plan
+    optimizer.param_groups[0][option] = (KEEPS | REDOES)[option]
+    assert (step(params, optimizer) is plan) == (option in KEEPS)
+
+
+def test_plan_is_redone_when_the_parameters_change() -> None:
+    params, optimizer = make_optimizer()
+    plan = step(params, optimizer)
+    assert step(params[:3], optimizer) is not plan or params[3].grad is not None
+    params[3].grad = None
+    optimizer.step()
+    assert optimizer._plan is not plan
+    plan = step(params, optimizer)
+    params.append(torch.ones(2, 2, requires_grad=True))
+    optimizer.add_param_group({"params": params[-1:]})
+    assert step(params, optimizer) is not plan
+    plan = optimizer._plan
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert step(params, optimizer) is not plan
+    plan = optimizer._plan
+    params[0].data = params[0].data.double()
+    params[0].grad = None
+    assert step(params, optimizer) is not plan
