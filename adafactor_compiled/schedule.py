@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -42,6 +43,9 @@ class AdafactorSchedule(LambdaLR):
     def step(self, epoch: int | None = None) -> None:
         """Refresh the report; a learning rate that the user set is reported, never overwritten."""
         manual = [(group, group["lr"]) for group in self.optimizer.param_groups if not group["relative_step"]]
+        for group, lr in manual:
+            if isinstance(lr, Tensor):
+                group["lr"] = lr.clone()  # LambdaLR fills a tensor in place
         super().step(epoch)
         for group, lr in manual:
             group["lr"] = lr

@@ -7,21 +7,17 @@ the drawn problems run the same passes in the same order, uncompiled or under AO
 from __future__ import annotations
 
 import functools
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import pytest
 import torch
+from compilers import aot_eager, compiled_by, uncompiled
 from hypothesis import given, settings
 from strategies import Group, Parameter, Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
-from adafactor_compiled import Adafactor, _compile, _routes
-
-Compiler = Callable[[_compile.Pass], Callable[..., Any]]
+from adafactor_compiled import Adafactor, _routes
 
 
 def realign(optimizer: Adafactor, reference: Adafactor) -> None:
@@ -60,25 +56,6 @@ def check_against_reference(
             assert_same_parameter(p, q.to(p.dtype), f"{path} - reference", scale, where)
             assert_same_state(state, expected, p.dtype, where)
         realign(optimizer, reference)
-
-
-@contextmanager
-def compiled_by(compiler: Compiler) -> Iterator[None]:
-    """Have every pass of the compiled path come from `compiler` instead of Inductor."""
-    users = [m for name, m in sys.modules.items() if name.startswith("adafactor_compiled") and hasattr(m, "compiled")]
-    with pytest.MonkeyPatch.context() as patch:
-        for module in users:
-            patch.setattr(module, "compiled", functools.cache(compiler))
-        patch.setattr(_compile, "_ready", set())
-        yield
-
-
-def uncompiled(key: _compile.Pass) -> Callable[..., Any]:
-    return key.function
-
-
-def aot_eager(key: _compile.Pass) -> Callable[..., Any]:
-    return torch.compile(key.function, backend="aot_eager", dynamic=True, fullgraph=True, isolate_recompiles=True)
 
 
 @settings(max_examples=100)

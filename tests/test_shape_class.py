@@ -74,7 +74,7 @@ def step(params: list[torch.Tensor], optimizer: Adafactor) -> Any:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return optimizer._plan
+    return optimizer._plans[None]
 
 
 def test_members_of_different_groups_share_a_class() -> None:
@@ -107,18 +107,17 @@ def test_plan_is_kept_unless_an_option_changes_the_graph(option: str) -> None:
 def test_plan_is_redone_when_the_parameters_change() -> None:
     params, optimizer = make_optimizer()
     plan = step(params, optimizer)
-    assert step(params[:3], optimizer) is not plan or params[3].grad is not None
     params[3].grad = None
     optimizer.step()
-    assert optimizer._plan is not plan
+    assert optimizer._plans[None] is not plan
     plan = step(params, optimizer)
     params.append(torch.ones(2, 2, requires_grad=True))
     optimizer.add_param_group({"params": params[-1:]})
     assert step(params, optimizer) is not plan
-    plan = optimizer._plan
+    plan = optimizer._plans[None]
     optimizer.load_state_dict(optimizer.state_dict())
     assert step(params, optimizer) is not plan
-    plan = optimizer._plan
+    plan = optimizer._plans[None]
     params[0].data = params[0].data.double()
     params[0].grad = None
     assert step(params, optimizer) is not plan

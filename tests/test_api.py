@@ -1,0 +1,200 @@
+"""The face of the optimizer: its signature, groups, hooks, subclasses and closures, on every path."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import inspect
+import pkgutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+import adafactor_compiled
+from adafactor_compiled import Adafactor
+
+PATHS = [{"foreach": False}, {"compile": False}, {"compile": True}]
+on_every_path = pytest.mark.parametrize("path", PATHS, ids=["reference", "multi-tensor", "compiled"])
+
+
+def make_params() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(6, 8), (6, 8), (7,), ()]
+    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+def set_gradients(params: list[Tensor], seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator)
+
+
+def test_exports() -> None:
+    assert {"Adafactor", "AdafactorSchedule", "get_adafactor_schedule", "__version__"} <= set(adafactor_compiled.__all__)
+    assert all(hasattr(adafactor_compiled, name) for name in adafactor_compiled.__all__)
+
+
+def test_signature_begins_with_that_of_transformers() -> None:
+    ours = list(inspect.signature(Adafactor).parameters.values())
+    theirs = list(inspect.signature(TransformersAdafactor).parameters.values())
+    assert [(p.name, p.default) for p in ours[: len(theirs)]] == [(p.name, p.default) for p in theirs]
+    assert all(p.kind is inspect.Parameter.KEYWORD_ONLY for p in ours[len(theirs) :])
+
+
+def test_positional_arguments() -> None:
+    values = (1e-3, [1e-20, 1e-2], 0.5, -0.7, 0.9, 0.1, False, False, False)
+    ours, theirs = Adafactor(make_params(), *values), TransformersAdafactor(make_params(), *values)
+    assert {key: ours.defaults[key] for key in theirs.defaults} == theirs.defaults
+
+
+@on_every_path
+def test_group_options_are_those_of_separate_optimizers(path: dict[str, Any]) -> None:
+    options = [
+        {"lr": 1e-2, "relative_step": False, "weight_decay": 0.1},
+        {"warmup_init": True, "clip_threshold": None, "decay_rate": -0.5},
+        {"scale_parameter": False, "eps": [1e-20, 0.1], "maximize": True},
+    ]
+    together, apart = [make_params() for _ in options], [make_params() for _ in options]
+    one = Adafactor([{"params": params, **option} for params, option in zip(together, options, strict=True)], **path)
+    several = [Adafactor(params, **option, **path) for params, option in zip(apart, options, strict=True)]
+    for t in range(2):
+        for params in together + apart:
+            set_gradients(params, t)
+        for optimizer in [one, *several]:
+            optimizer.step()
+    for mine, others in zip(together, apart, strict=True):
+        for p, q in zip(mine, others, strict=True):
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+
+
+def test_groups_may_take_different_paths() -> None:
+    params = [make_params() for _ in PATHS]
+    optimizer = Adafactor([{"params": p, **path} for p, path in zip(params, PATHS, strict=True)])
+    for _ in range(2):
+        for group in params:
+            set_gradients(group)
+        optimizer.step()
+    for others in params[1:]:
+        for p, q in zip(params[0], others, strict=True):
+            torch.testing.assert_close(q, p, rtol=1e-6, atol=1e-7)
+
+
+@on_every_path
+def test_add_param_group_after_steps(path: dict[str, Any]) -> None:
+    """The newcomers begin at step one, and the others go on."""
+    params, late = make_params(), make_params()
+    optimizer = Adafactor(params, **path)
+    twin, late_twin = make_params(), make_params()
+    expected, expected_late = Adafactor(twin, foreach=False), Adafactor(late_twin, weight_decay=0.1, foreach=False)
+    for t in range(4):
+        if t == 2:
+            optimizer.add_param_group({"params": late, "weight_decay": 0.1})
+        for group in (params, late, twin, late_twin):
+            set_gradients(group, t)
+        optimizer.step()
+        expected.step()
+        if t >= 2:
+            expected_late.step()
+    for p, q in zip(params + late, twin + late_twin, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    assert [optimizer.state[p]["step"] for p in params + late] == [4] * 4 + [2] * 4
+
+
+@on_every_path
+def test_closure(path: dict[str, Any]) -> None:
+    p = torch.full((3, 4), 2.0, requires_grad=True)
+    optimizer = Adafactor([p], **path)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (p * p).sum()
+        loss.backward()
+        return loss
+
+    losses = [float(optimizer.step(closure)) for _ in range(3)]
+    assert losses[0] == 48.0
+    assert losses[2] < losses[1] < losses[0]
+    assert optimizer.state[p]["step"] == 3
+
+
+@on_every_path
+def test_hooks_and_subclasses(path: dict[str, Any]) -> None:
+    class Counting(Adafactor):
+        steps = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self.steps += 1
+            return super().step(closure)
+
+    params = make_params()
+    counting = Counting(params, **path)
+    set_gradients(params)
+    counting.step()
+    assert counting.steps == 1
+    assert all(counting.state[p]["step"] == 1 for p in params)
+
+    optimizer = Adafactor(params, **path)
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.step()
+    assert seen == ["before", "after"]
+
+
+@on_every_path
+def test_maximize_leaves_gradients_alone(path: dict[str, Any]) -> None:
+    params = make_params()
+    optimizer = Adafactor(params, maximize=True, **path)
+    set_gradients(params)
+    gradients = [(p.grad, p.grad.clone()) for p in params]
+    optimizer.step()
+    for p, (grad, value) in zip(params, gradients, strict=True):
+        assert p.grad is grad
+        assert torch.equal(grad, value)
+
+
+@on_every_path
+def test_step_without_gradients(path: dict[str, Any]) -> None:
+    params = make_params()
+    optimizer = Adafactor(params, **path)
+    before = [p.detach().clone() for p in params]
+    assert optimizer.step() is None
+    assert all(torch.equal(p, b) for p, b in zip(params, before, strict=True))
+    assert all(optimizer.state[p]["step"] == 0 for p in params)
+
+
+@on_every_path
+def test_frozen_parameters_and_named_ones(path: dict[str, Any]) -> None:
+    model = torch.nn.Linear(8, 6)
+    model.bias.requires_grad_(False)
+    optimizer = Adafactor(model.named_parameters(), **path)
+    model(torch.ones(2, 8)).sum().backward()
+    before = model.bias.detach().clone()
+    optimizer.step()
+    assert torch.equal(model.bias, before)
+    assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+def test_repr() -> None:
+    text = repr(Adafactor([torch.ones(3, requires_grad=True)], lr=1e-3, relative_step=False, weight_decay=0.1))
+    assert text.startswith("Adafactor (\nParameter Group 0\n")
+    for line in ("lr: 0.001", "weight_decay: 0.1", "compile: None", "relative_step: False"):
+        assert f"    {line}\n" in text
+
+
+def test_zero_grad() -> None:
+    params = make_params()
+    optimizer = Adafactor(params)
+    set_gradients(params)
+    optimizer.zero_grad(set_to_none=False)
+    assert all(p.grad is not None and not p.grad.any() for p in params)
+    optimizer.zero_grad()
+    assert all(p.grad is None for p in params)
+
+
+@pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(adafactor_compiled.__path__, "adafactor_compiled.")])
+def test_examples_in_docstrings(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
