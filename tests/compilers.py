@@ -33,7 +33,7 @@ def compiled_by(compiler: Compiler) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for module in users:
             patch.setattr(module, "compiled", cached)
-        patch.setattr(_compile, "_ready", set())
+        patch.setattr(_compile, "_ready", type(_compile._ready)())
         yield
 
 
