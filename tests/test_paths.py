@@ -84,7 +84,7 @@ def test_order_of_the_compiled_path_on_cuda(problem: Problem) -> None:
         check_against_reference(problem, "breadth-first, uncompiled", compile=True)
 
 
-@settings(max_examples=8)
+@settings(max_examples=5)
 @given(problem=problems(max_groups=1, max_params=3))
 def test_aot_eager(problem: Problem) -> None:
     with compiled_by(aot_eager_cached):

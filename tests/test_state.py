@@ -1,0 +1,225 @@
+"""State and checkpoints: to and from transformers in the middle of training, and across every way to run a step."""
+
+from __future__ import annotations
+
+import copy
+import io
+import itertools
+import pickle
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from strategies import Problem, problems
+from tolerances import assert_same_parameter, assert_same_state, largest
+from torch import Tensor
+from transformers.optimization import Adafactor as TransformersAdafactor
+
+from adafactor_compiled import Adafactor
+
+FLOATS = (torch.float32, torch.float64)
+HALVES = (torch.bfloat16, torch.float16)
+PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
+
+
+def tensors(groups: list[dict[str, Any]]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
+
+
+def run(problem: Problem, groups: list[dict[str, Any]], optimizer: Any, steps: range) -> None:
+    for t in steps:
+        problem.set_gradients(groups, t)
+        optimizer.step()
+
+
+def through_a_file(state_dict: dict[str, Any]) -> Any:
+    buffer = io.BytesIO()
+    torch.save(state_dict, buffer)
+    buffer.seek(0)
+    return torch.load(buffer, weights_only=True)
+
+
+def check_hand_over(problem: Problem, first: Any, second: Any) -> None:
+    """Half of the training with the first class, half with the second, against all of it with the first."""
+    whole, start, rest = problem.param_groups(), problem.param_groups(), problem.param_groups()
+    expected, saved, loaded = first(whole), first(start), second(rest)
+    scales = [largest(p) for p in tensors(whole)]
+    run(problem, whole, expected, range(3))
+    scales = [max(s, largest(p)) for s, p in zip(scales, tensors(whole), strict=True)]
+    run(problem, whole, expected, range(3, 6))
+    run(problem, start, saved, range(3))
+    with torch.no_grad():
+        for p, q in zip(tensors(rest), tensors(start), strict=True):
+            p.copy_(q)
+    loaded.load_state_dict(through_a_file(saved.state_dict()))
+    run(problem, rest, loaded, range(3, 6))
+    for p, q, scale in zip(tensors(rest), tensors(whole), scales, strict=True):
+        assert_same_parameter(p, q, "after a checkpoint", scale)
+        if expected.state[q] and loaded.state[p]:
+            assert_same_state(loaded.state[p], expected.state[q], p.dtype)
+
+
+@pytest.mark.parametrize("path", ["reference", "multi-tensor"])
+def test_from_transformers(path: str) -> None:
+    @settings(max_examples=25)
+    @given(problem=problems(ours=False, max_params=3))
+    def check(problem: Problem) -> None:
+        check_hand_over(problem, TransformersAdafactor, lambda groups: Adafactor(groups, **PATHS[path]))
+
+    check()
+
+
+@settings(max_examples=25)
+@given(problem=problems(dtypes=FLOATS, ours=False, max_params=3))  # transformers rounds the state of others when it loads
+def test_to_transformers(problem: Problem) -> None:
+    check_hand_over(problem, lambda groups: Adafactor(groups, foreach=False), TransformersAdafactor)
+
+
+@settings(max_examples=25)
+@given(problem=problems(max_params=3))
+def test_to_itself(problem: Problem) -> None:
+    check_hand_over(problem, lambda groups: Adafactor(groups, compile=False), lambda groups: Adafactor(groups, compile=False))
+
+
+def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[Tensor], Adafactor]:
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in [(6, 8), (4, 6), (7,), (), (0,)]]
+    return params, Adafactor(params, **options)
+
+
+def step(params: list[Tensor], optimizer: Any, seed: int = 1) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for p in params:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    optimizer.step()
+
+
+def assert_equal_trees(first: Any, second: Any) -> None:
+    flat, spec = torch.utils._pytree.tree_flatten(first)
+    other, other_spec = torch.utils._pytree.tree_flatten(second)
+    assert spec == other_spec
+    for a, b in zip(flat, other, strict=True):
+        if isinstance(a, Tensor):
+            torch.testing.assert_close(a, b, rtol=0, atol=0, equal_nan=True)
+        else:
+            assert a == b or (a != a and b != b)
+
+
+MODES = [(path, capturable) for path in PATHS for capturable in (False, True)]
+
+
+@pytest.mark.parametrize(("saved", "loaded"), itertools.product(MODES, MODES), ids=str)
+def test_another_way_to_run(saved: tuple[str, bool], loaded: tuple[str, bool]) -> None:
+    """How a step runs is chosen anew when a checkpoint is loaded; what it computes goes on."""
+    (params, before), (others, after) = (make(capturable=c, **PATHS[path]) for path, c in (saved, loaded))
+    twins, reference = make(foreach=False)
+    step(params, before)
+    step(twins, reference)
+    after.load_state_dict(before.state_dict())
+    with torch.no_grad():
+        for p, q in zip(others, params, strict=True):
+            p.copy_(q)
+    step(others, after, seed=2)
+    step(twins, reference, seed=2)
+    assert all(isinstance(after.state[p]["step"], Tensor) == loaded[1] for p in others)
+    for p, q in zip(others, twins, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+        assert_same_state({**after.state[p], "step": int(after.state[p]["step"])}, reference.state[q], p.dtype)
+
+
+@pytest.mark.parametrize("capturable", [False, True])
+def test_what_is_saved_is_what_transformers_saves(capturable: bool) -> None:
+    params, optimizer = make(beta1=0.9, compile=False, capturable=capturable)
+    theirs = TransformersAdafactor([p.detach().clone().requires_grad_() for p in params], beta1=0.9)
+    step(params, optimizer)
+    step(theirs.param_groups[0]["params"], theirs)
+    ours, expected = optimizer.state_dict(), theirs.state_dict()
+    assert ours["state"].keys() == expected["state"].keys()
+    for index, state in expected["state"].items():
+        assert ours["state"][index].keys() == state.keys()
+        assert type(ours["state"][index]["step"]) is int
+        for key in state.keys() - {"step"}:
+            assert ours["state"][index][key].shape == state[key].shape
+            assert ours["state"][index][key].dtype == state[key].dtype
+    assert ours["param_groups"][0].items() >= expected["param_groups"][0].items()
+
+
+def test_empty_and_untouched_parameters_load() -> None:
+    """The RMS of no elements is NaN, in transformers too; and state exists before the first gradient."""
+    params, optimizer = make(compile=False)
+    optimizer.load_state_dict(optimizer.state_dict())
+    step(params, optimizer)
+    assert optimizer.state[params[-1]]["RMS"].isnan()
+    optimizer.load_state_dict(through_a_file(optimizer.state_dict()))
+    step(params, optimizer)
+
+
+@pytest.mark.parametrize("dtype", HALVES, ids=str)
+def test_half_precision_keeps_float32_state(dtype: torch.dtype) -> None:
+    params, optimizer = make(dtype, beta1=0.9, compile=False)
+    step(params, optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    others, other = make(dtype, beta1=0.9, compile=False)
+    other.load_state_dict(before)
+    assert_equal_trees(other.state_dict()["state"], before["state"])
+    assert all(x.dtype == torch.float32 for p in others for x in other.state[p].values() if isinstance(x, Tensor))
+
+
+def test_loaded_state_never_aliases_its_source() -> None:
+    params, optimizer = make(beta1=0.9, compile=False, lr=torch.tensor(1e-2), relative_step=False)
+    step(params, optimizer)
+    others, other = make(beta1=0.9, compile=False, lr=torch.tensor(1e-2), relative_step=False)
+    source = optimizer.state_dict()
+    before = copy.deepcopy(source)
+    other.load_state_dict(source)
+    step(others, other, seed=2)
+    other.param_groups[0]["lr"].fill_(1.0)
+    assert_equal_trees(source, before)
+    assert_equal_trees(optimizer.state_dict(), before)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))], ids=["deepcopy", "pickle"])
+@pytest.mark.parametrize("path", PATHS)
+def test_copies_go_on_alike(path: str, copied: Any) -> None:
+    params, optimizer = make(**PATHS[path])
+    step(params, optimizer)
+    twin = copied(optimizer)
+    others = twin.param_groups[0]["params"]
+    step(params, optimizer, seed=2)
+    step(others, twin, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    assert_equal_trees(twin.state_dict(), optimizer.state_dict())
+    assert repr(twin) == repr(optimizer)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_momentum_that_is_turned_on_later_starts_from_zero(path: str) -> None:
+    params, optimizer = make(lr=1e-2, relative_step=False, **PATHS[path])
+    step(params, optimizer)
+    optimizer.param_groups[0]["beta1"] = 0.5
+    twins, plain = make(lr=1e-2, relative_step=False, foreach=False)
+    step(twins, plain)
+    before = [p.detach().clone() for p in params]
+    step(params, optimizer, seed=2)
+    step(twins, plain, seed=2)
+    for p, q, b in zip(params, twins, before, strict=True):
+        torch.testing.assert_close(b - p, 0.5 * (b - q), rtol=1e-4, atol=1e-6)
+        assert optimizer.state[p]["exp_avg"].stride() == p.stride()
+
+
+def test_hooks_of_users_see_and_replace_what_is_loaded() -> None:
+    params, optimizer = make(compile=False)
+    step(params, optimizer)
+    seen = []
+
+    def replace(_: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        groups = [{**group, "weight_decay": 0.25} for group in state_dict["param_groups"]]
+        return {**state_dict, "param_groups": groups}
+
+    others, other = make(compile=False)
+    other.register_load_state_dict_pre_hook(replace)
+    other.register_load_state_dict_post_hook(lambda o: seen.append(float(o.state[others[0]]["RMS"])))
+    other.load_state_dict(optimizer.state_dict())
+    assert other.param_groups[0]["weight_decay"] == 0.25
+    assert seen == [float(optimizer.state[params[0]]["RMS"])]
