@@ -44,7 +44,7 @@ def test_words_of_blocks_are_known():
 
 
 def test_scripts_have_a_test():
-    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").glob("test_*.py")]
+    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
     for block in blocks():
         if block.file is not None:
             compile(block.code, block.file, "exec")
