@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
-sys.path.append(str(Path(__file__).resolve().parents[1]))  # readme_blocks, when this folder is tested alone
+sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all tests share
 
 
 @pytest.fixture(scope="session")

@@ -5,14 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from tolerances import TOLERANCES
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from adafactor_compiled import Adafactor
 
 STEPS = 20
-LIMITS = {torch.float32: 1e-6, torch.float64: 1e-14, torch.bfloat16: 2**-8, torch.float16: 2**-11}  # of the largest |p|
-STATE_LIMITS = {torch.float64: 1e-13}  # of the largest element; 1e-5 for all others
 
 
 class Bag(nn.Module):
@@ -55,13 +54,13 @@ def assert_close(actual: Tensor, expected: Tensor, limit: float, where: Any) -> 
 def assert_same(mine: Adafactor, reference: Adafactor, params: list[Tensor], expected: list[Tensor]) -> None:
     for i, (p, q) in enumerate(zip(params, expected, strict=True)):
         where = f"parameter {i} {tuple(q.shape)} {q.dtype} {getattr(p, 'placements', '')}"
-        assert_close(p, q, LIMITS[q.dtype], where)
+        assert_close(p, q, TOLERANCES[q.dtype].param, where)
         state, wanted = mine.state[p], reference.state[q]
         assert set(state) == set(wanted), where
         assert int(state["step"]) == int(wanted["step"]), where
         for key in set(wanted) - {"step"}:
             assert isinstance(state[key], DTensor) == (isinstance(p, DTensor) and key != "RMS"), f"{where} {key}"
-            assert_close(state[key], wanted[key], STATE_LIMITS.get(q.dtype, 1e-5), f"{where} {key}")
+            assert_close(state[key], wanted[key], TOLERANCES[q.dtype].state, f"{where} {key}")
 
 
 def train_beside_unsharded(
