@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._options import Group
 from adafactor_compiled._plan import Entry
@@ -22,8 +23,11 @@ from adafactor_compiled._shape_class import compute_dtype
 def wanted(groups: Sequence[Group]) -> bool:
     """Whether a step takes over: for float16 parameters, and where a host decision is ruled out.
 
-    Elsewhere GradScaler's own way is cheaper: undoing a step on the device takes a copy of what it changes.
+    Elsewhere GradScaler's own way is cheaper: undoing a step on the device takes a copy of what it changes. It is also the
+    one for sharded parameters, since it asks all ranks whether a gradient overflowed.
     """
+    if any(isinstance(param, DTensor) for group in groups for param in group["params"]):
+        return False
     return any(group["capturable"] or any(param.dtype is torch.float16 for param in group["params"]) for group in groups)
 
 

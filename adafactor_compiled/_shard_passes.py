@@ -36,10 +36,16 @@ def plain_sums(p: Tensor, g: Tensor, table: Tensor) -> PlainSums:
     return PlainSums(row_sq, col_sq, materialize(p.square().sum(-1)).sum())
 
 
-def weighted_rows(g: Tensor, col: Tensor, table: Tensor) -> Tensor:
-    """A read of g, shape [..., n, B, C]: for each row, the sum of its squares divided by the column averages [..., C]."""
+class WeightedRows(NamedTuple):
+    """What does not need the row averages of the sum of the squares of the update."""
+
+    weighted_sq: Tensor  # [..., n, B]: for each row, the sum of gradient^2 / column average
+
+
+def weighted_rows(g: Tensor, col: Tensor, table: Tensor) -> WeightedRows:
+    """A read of g, shape [..., n, B, C], with new column averages, shape [..., C]."""
     weight = materialize(1.0 / col).unsqueeze(-2).unsqueeze(-2)
-    return (g.to(table.dtype).square() * weight).sum(-1)
+    return WeightedRows((g.to(table.dtype).square() * weight).sum(-1))
 
 
 def moving_average(average: Tensor, mean_sq: Tensor, table: Tensor) -> Tensor:
@@ -100,13 +106,14 @@ class Piece:
         return PlainSums(self._of_slices(torch.stack(row_sqs)), self._of_slices(torch.stack(col_sqs)), sum(param_sqs))
 
     def weighted_rows(self, col: Tensor) -> Tensor:
+        """For each row, the sum of gradient^2 / column average."""
         g = self.x.g
         if self.chunked is None:
-            weighted: Tensor = self.run(weighted_rows, self.variant, self._cut(g), col, self.table)
-            return weighted.flatten(-2)
+            whole: WeightedRows = self.run(weighted_rows, self.variant, self._cut(g), col, self.table)
+            return whole.weighted_sq.flatten(-2)
         g, col = g.view(self.chunked[:3]), col.reshape(-1, col.shape[-1])
         of_chunks = [
-            self.run(weighted_rows, size_variant(*blocks), g[i, part].view(blocks), col[i], self.table).flatten()
+            self.run(weighted_rows, size_variant(*blocks), g[i, part].view(blocks), col[i], self.table).weighted_sq.flatten()
             for i in range(self.chunked.slices)
             for part, blocks in self._chunks(self.chunked)
         ]

@@ -48,7 +48,8 @@ class Adafactor(Optimizer):
     fewer than two dimensions keeps its whole second moment.
 
     Args:
-        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16).
+        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16). DTensors, sharded
+            or replicated, step where they lie; a step is then collective over their meshes, and the same on all of its ranks.
         lr: the learning rate, a number or a tensor with one element; None with `relative_step`.
         eps: what is added to the squared gradient, and the least RMS by which the learning rate is scaled.
         clip_threshold: the largest RMS of an update before the learning rate; None clips nothing.
@@ -208,8 +209,8 @@ class Adafactor(Optimizer):
             What the closure returned, or None.
 
         Raises:
-            RuntimeError: before anything has changed: a gradient that is sparse or does not fit its parameter, or
-                `compile=True` without a working toolchain.
+            RuntimeError: before anything has changed: a gradient that is sparse or does not fit its parameter, ranks that
+                disagree on their DTensor parameters or gradients, or `compile=True` without a working toolchain.
         """
         if self._in_backward is not None:
             raise RuntimeError(

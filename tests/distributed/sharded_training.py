@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from tolerances import TOLERANCES
 from torch import Tensor, nn
@@ -74,4 +75,7 @@ def train_beside_unsharded(
         mine.step()
         reference.step()
     assert_same(mine, reference, params, whole)
+    limit = max(TOLERANCES[q.dtype].state for q in whole)
+    for ours, theirs in zip(mine.telemetry(), reference.telemetry(), strict=True):
+        assert ours == pytest.approx(theirs, rel=limit)
     return mine

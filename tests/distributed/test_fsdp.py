@@ -23,7 +23,14 @@ OPTIONS: list[dict[str, Any]] = [
     {},
     {"warmup_init": True, "beta1": 0.9, "weight_decay": 0.1},
     {"lr": 3e-3, "relative_step": False, "scale_parameter": False, "clip_threshold": None, "maximize": True},
-    {"lr": 1e-2, "relative_step": False, "eps": (1e-8, 1e-2), "decay_rate": -0.5, "beta1": 0.0, "capturable": True},
+    {
+        "lr": torch.tensor(1e-2),
+        "relative_step": False,
+        "eps": (1e-8, 1e-2),
+        "decay_rate": -0.5,
+        "beta1": 0.0,
+        "capturable": True,
+    },
 ]
 
 
@@ -117,3 +124,25 @@ def test_compiled(ranks):
     pair.run(check_compiled, [Shard(0)], [(64, 48), (90, 40), (1, 5), (130,), (44,), (3,)], timeout=280.0)
     pair.run(check_compiled, [Shard(1)], [(64, 48), (90, 40)], timeout=280.0)
     pair.run(check_compiled_in_chunks, timeout=280.0)
+
+
+def check_grad_scaler() -> None:
+    """An overflow on one rank alone: every rank skips the step."""
+    params = fsdp_parameters()[:4]
+    optimizer, scaler = Adafactor(params, compile=False, capturable=True), torch.amp.GradScaler("cpu", init_scale=8.0)
+    for overflow in (False, True, False):
+        scaler.scale(torch.ones(()))
+        for p in params:
+            p.grad = torch.full_like(p, 8.0)
+        if overflow and dist.get_rank() == 1:
+            params[0].grad.to_local()[0] = torch.inf
+        before = [p.to_local().clone() for p in params]
+        scaler.step(optimizer)
+        scaler.update()
+        assert all(torch.equal(p.to_local(), x) for p, x in zip(params, before, strict=True) if x.numel()) == overflow
+    assert scaler.get_scale() == 4.0
+    assert int(optimizer.state[params[0]]["step"]) == 2
+
+
+def test_grad_scaler(ranks):
+    ranks(2).run(check_grad_scaler)
