@@ -325,7 +325,7 @@ class Adafactor(Optimizer):
                 raise RuntimeError(f"`compile=True` needs a working C++ toolchain but {failure}; {REMEDY}") from error
             warnings.warn(
                 f"Adafactor steps without torch.compile, which needs a working C++ toolchain, but {failure}; {REMEDY}",
-                stacklevel=4,
+                stacklevel=6,  # past torch's wrappers of `step`
             )
             self._toolchain_failed = True
         return not self._toolchain_failed

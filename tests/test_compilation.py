@@ -1,0 +1,211 @@
+"""What is compiled, how often and when: counted, on the graphs that Dynamo makes."""
+
+from __future__ import annotations
+
+import copy
+import io
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from compilers import aot_eager, compiled_by, graphs
+from torch import Tensor
+
+from adafactor_compiled import Adafactor, _compile
+
+LOOK_AT = (
+    "{new} new graph(s) where none was expected. Something that varies has become part of a graph: TORCH_LOGS=recompiles names "
+    "the guard. A hyperparameter or a step count belongs in `Numbers` (_numbers.py), a size that Inductor specializes on in "
+    "`size_variant` (_compile.py), the number of members in no call (_routes.py)."
+)
+
+LAYER = [(24, 40), (40, 24), (40,), (24,), (96, 1024)]  # of a network that grows in depth
+
+
+@pytest.fixture
+def fresh_cache() -> Iterator[None]:
+    """No pass compiled yet, and AOTAutograd without Inductor as the compiler."""
+    with compiled_by(aot_eager):
+        yield
+
+
+def make(shapes: Sequence[tuple[int, ...]], **like: Any) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(shape, generator=generator).to(**like).requires_grad_() for shape in shapes]
+
+
+def set_gradients(params: Sequence[Tensor], t: int, missing: bool = False) -> None:
+    for i, p in enumerate(params):
+        p.grad = None if missing and (i + t) % 3 == 0 else torch.full_like(p, 0.1 * (t + 1))
+
+
+def assert_no_graph_since(before: int) -> None:
+    new = graphs() - before
+    assert new == 0, LOOK_AT.format(new=new)
+
+
+def test_nothing_is_compiled_after_the_first_steps() -> None:
+    """Over a learning-rate schedule, changed options, a checkpoint, and gradients that come and go."""
+    params = make(LAYER * 3)
+    groups = [{"params": params[:6]}, {"params": params[6:], "weight_decay": 0.1}]
+    optimizer = Adafactor(groups, lr=1e-2, relative_step=False, compile=True)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
+    for t in range(2):
+        set_gradients(params, t)
+        optimizer.step()
+    before = graphs()
+    changes = {4: {"weight_decay": 0.3}, 5: {"eps": (1e-20, 1e-2)}, 6: {"clip_threshold": None}, 7: {"maximize": True}}
+    changes |= {8: {"lr": torch.tensor(1e-3)}, 9: {"scale_parameter": False}, 10: {"decay_rate": -0.5}}
+    for t in range(2, 13):
+        set_gradients(params, t, missing=t % 2 == 0)
+        optimizer.param_groups[t % 2].update(changes.get(t, {}))
+        optimizer.step()
+        if t < 8:
+            scheduler.step()
+    optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+    optimizer.step()
+    set_gradients(params[:1], 0)  # a member alone
+    for p in params[1:]:
+        p.grad = None
+    optimizer.step()
+    assert_no_graph_since(before)
+
+
+def test_members_of_different_ages_share_graphs() -> None:
+    params = make(LAYER * 2)
+    optimizer = Adafactor(params[:5], compile=True)
+    for t in range(3):
+        set_gradients(params, t)
+        optimizer.step()
+    before = graphs()
+    optimizer.add_param_group({"params": params[5:], "warmup_init": True})
+    optimizer.step()
+    assert_no_graph_since(before)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_graphs_do_not_grow_with_depth() -> None:
+    counts = []
+    for depth in (1, 2, 12):
+        with compiled_by(aot_eager):
+            before, params = graphs(), make(LAYER * depth)
+            optimizer = Adafactor(params, compile=True)
+            for t in range(2):
+                set_gradients(params, t)
+                optimizer.step()
+            counts.append(graphs() - before)
+    assert len(set(counts)) == 1, f"{counts} graphs for 1, 2 and 12 layers: {LOOK_AT.format(new=counts[-1] - counts[0])}"
+    # Matrices of one block or of several, and vectors: few graphs serve all shapes.
+    assert 1 <= counts[0] <= 3, counts
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_one_set_of_graphs_serves_every_width() -> None:
+    params = make([(8, 16 + 2 * i) for i in range(12)] + [(16 + i,) for i in range(12)])
+    optimizer = Adafactor(params, compile=True)
+    before = graphs()
+    set_gradients(params, 0)
+    optimizer.step()
+    assert 1 <= graphs() - before <= 2, LOOK_AT.format(new=graphs() - before)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+def test_more_classes_than_the_recompile_limit() -> None:
+    """Each pass is one graph, none is given up, and the global limit stays."""
+    limit = torch._dynamo.config.recompile_limit
+    groups, twins = [], []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        for beta1 in (None, 0.9):
+            shapes = [(4, 6), (7,), (5000,)]
+            groups.append({"params": make(shapes, dtype=dtype), "beta1": beta1})
+            twins.append({"params": make(shapes, dtype=dtype), "beta1": beta1})
+    optimizer, reference = Adafactor(groups, compile=True), Adafactor(twins, foreach=False)
+    before = graphs()
+    for t in range(2):
+        for group in groups + twins:
+            set_gradients(group["params"], t)
+        optimizer.step()
+        reference.step()
+    compiled = graphs() - before
+    assert compiled == len(_compile._ready), "a pass is one graph: what its graph depends on belongs in its variant"
+    assert compiled > limit
+    assert torch._dynamo.config.recompile_limit == limit == 8
+    for group, twin in zip(groups, twins, strict=True):
+        for p, q in zip(group["params"], twin["params"], strict=True):
+            torch.testing.assert_close(p, q)
+
+
+def test_twelve_optimizers_share_graphs() -> None:
+    """More instances than the recompile limit, in one process."""
+    before, first = graphs(), None
+    for i in range(12):
+        params = make(LAYER)
+        optimizer = Adafactor(params, lr=1e-3 * (i + 1), relative_step=False, compile=True)
+        set_gradients(params, 0)
+        optimizer.step()
+        first = graphs() if first is None else first
+    assert_no_graph_since(first if first is not None else before)
+
+
+def test_warm_up_with_inductor() -> None:
+    """Also the calls on chunks of a large matrix."""
+    params = make([*LAYER, (4101, 1030), (70_000,)])
+    optimizer = Adafactor(params, compile=True)
+    optimizer.warm_up()
+    before = graphs()
+    set_gradients(params, 0)
+    optimizer.step()
+    assert_no_graph_since(before)
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize("beta1", [None, 0.9])
+def test_warm_up_changes_nothing_and_leaves_nothing_to_compile(beta1: float | None) -> None:
+    params = make([*LAYER, (), (0,), (1, 5), (70_000,), (3, 3, 2)])
+    optimizer = Adafactor(params, beta1=beta1, compile=True)
+    values, state, groups = copy.deepcopy([params, dict(enumerate(optimizer.state.values())), optimizer.param_groups])
+    before = graphs()
+    optimizer.warm_up()
+    warmed = graphs()
+    assert warmed > before
+    assert all(torch.equal(p, v) and p.grad is None for p, v in zip(params, values, strict=True))
+    for now, then in zip(optimizer.state.values(), state.values(), strict=True):
+        assert now.keys() == then.keys()
+        assert all(torch.equal(torch.as_tensor(now[key]), torch.as_tensor(then[key])) for key in then)
+    options = [{key: value for key, value in group.items() if key != "params"} for group in groups]
+    assert [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups] == options
+    for t in range(3):
+        set_gradients(params, t, missing=t == 1)
+        optimizer.step()
+    assert_no_graph_since(warmed)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+# option, whether standard error is a terminal, whether a bar is shown
+BARS = [(None, True, True), (None, False, False), (True, False, True), (False, True, False)]
+
+
+@pytest.mark.usefixtures("fresh_cache")
+@pytest.mark.parametrize(("show_progress", "terminal", "shown"), BARS)
+def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = Terminal() if terminal else io.StringIO()
+    optimizer = Adafactor(make([(4, 6), (7,)]), compile=True, show_progress=show_progress)
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stream)
+        optimizer.warm_up()
+    text = stream.getvalue()
+    assert bool(text) == shown
+    if shown:
+        assert "compiling Adafactor [" in text
+        assert "0/2" in text
+        assert text.endswith("\r\x1b[K")  # the bar vanishes
+    with monkeypatch.context() as patch:  # nothing is left to compile, nothing to show
+        patch.setattr(sys, "stderr", again := Terminal())
+        optimizer.warm_up()
+    assert "compiling" not in again.getvalue()
