@@ -80,10 +80,9 @@ def test_compiled(name: str) -> None:
     step_without_reads(optimizer, params)
 
 
-@pytest.mark.parametrize("name", OPTIONS)
+# With `capturable` the step count is a tensor, and whether a parameter has been stepped is a read: a report is no step.
+@pytest.mark.parametrize("name", [name for name in OPTIONS if "capturable" not in name])
 def test_zero_grad_and_schedule(name: str) -> None:
-    if "capturable" in OPTIONS[name]:
-        pytest.skip("a report before the first step depends on the step count, which is then a tensor")
     params = make_params()
     optimizer = Adafactor(params, compile=False, **OPTIONS[name])
     schedule = AdafactorSchedule(optimizer)
