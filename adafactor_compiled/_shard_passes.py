@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled import _blocked
-from adafactor_compiled._blocked import Averages, Factors, Sums, materialize
+from adafactor_compiled._blocked import Factors, Sums, materialize
 from adafactor_compiled._compile import size_variant
 from adafactor_compiled._depth_first import Blocking, Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
 from adafactor_compiled._numbers import Numbers
@@ -126,10 +126,16 @@ class Piece:
         """[slices, ...] with the leading dimensions of the piece."""
         return x.view(*self.lead, *x.shape[1:])
 
-    def finish(self, new: Averages, param_sq: Tensor, numel: int) -> None:
-        """All writes of the step but that of the rows, which are up to date in `x.row`."""
+    def factors(self, sums: Sums, rows: int, numel: int) -> Factors:
+        """What the summed statistics of a parameter of `rows` rows and `numel` elements make of its rows."""
+        x = self.x
+        variant = size_variant(*self.lead, x.p.shape[-1], rows, numel)
+        f: Factors = self.run(_blocked.factors, variant, sums, x.col, x.rms, x.update_rms, self.table, rows, numel)
+        return f
+
+    def apply(self, f: Factors) -> None:
+        """The second reads, and the write of the parameter and the momentum."""
         x, table = self.x, self.table
-        f: Factors = _blocked.finish(new, param_sq, x.col, x.rms, x.update_rms, table, numel)
         if self.chunked is not None:
             slices = self.chunked.slices
             f = f._replace(row_mean=f.row_mean.reshape(slices), col_factor=f.col_factor.reshape(slices, -1))

@@ -16,7 +16,7 @@ from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled import _blocked
-from adafactor_compiled._blocked import Averages, Sums
+from adafactor_compiled._blocked import Averages, Factors, Sums
 from adafactor_compiled._compile import Pass, compiled, size_variant
 from adafactor_compiled._depth_first import Matrix
 from adafactor_compiled._exchange import Exchange, Slot
@@ -149,8 +149,13 @@ class _Matrix(_Pieces):
         return self.slot.first[name].to(self.table.dtype)
 
     def finish(self) -> None:
-        self.piece.finish(self.averages(), self.summed("param_sq"), self.numel)
+        self.piece.apply(self.factors())
         self.row.copy_(self.x.row)
+
+    def factors(self) -> Factors:
+        """What turns the gradient into a step; brings all state of this piece up to date, the rows in `x.row`."""
+        x, param_sq = self.x, self.summed("param_sq")
+        return _blocked.finish(self.averages(), param_sq, x.col, x.rms, x.update_rms, self.table, self.numel)
 
     def averages(self) -> Averages:
         """The new averages of this piece, the rows also in `x.row`, and the sum of the squares of the whole update."""
@@ -175,8 +180,8 @@ class _Rows(_Matrix):
     def first(self) -> None:
         self.slot.add(**self.piece.statistics()._asdict())
 
-    def averages(self) -> Averages:
-        return _blocked.averages(Sums(*map(self.summed, Sums._fields)), self.x.col, self.table, self.rows)
+    def factors(self) -> Factors:
+        return self.piece.factors(Sums(*map(self.summed, Sums._fields)), self.rows, self.numel)
 
 
 class _Columns(_Matrix):

@@ -45,18 +45,21 @@ def calls_of(entries: Iterable[Entry]) -> list[Call]:
 
 def _step_matrix(entry: Entry, split: Split, run: Callable[..., Any]) -> None:
     p, g = _on_meta(local(entry.param)), _on_meta(local(entry.grad))
-    dtype, *_, rows, columns = compute_dtype(p.dtype), *entry.param.shape
+    dtype, rows = compute_dtype(p.dtype), entry.param.shape[-2]
     lead, numbers = p.shape[:-2], _empty(len(Numbers._fields), dtype=dtype)
     row, col, one = _empty(*p.shape[:-1], dtype=dtype), _empty(*lead, p.shape[-1], dtype=dtype), _empty(1, dtype=dtype)
     exp_avg = torch.empty_like(p, dtype=dtype) if entry.group["beta1"] is not None else None
     piece = Piece(Matrix(p, g, row, col, exp_avg, one, one), numbers, run, compiled=True)
-    if split in (Split.SLICES, Split.ROWS):
-        new = _blocked.averages(piece.statistics(), col, numbers, rows)
+    new = Averages(_empty(*lead, dtype=dtype), col, one[0])
+    if split is Split.ROWS:
+        piece.apply(piece.factors(piece.statistics(), rows, entry.param.numel()))
+        return
+    if split is Split.SLICES:
+        piece.statistics()
     else:
         piece.plain_sums()
         piece.weighted_rows(col)
-        new = Averages(_empty(*lead, dtype=dtype), col, one[0])
-    piece.finish(new, one[0], rows * columns)
+    piece.apply(_blocked.finish(new, one[0], col, one, one, numbers, entry.param.numel()))
 
 
 def _step_vectors(entry: Entry, run: Callable[..., Any]) -> None:
