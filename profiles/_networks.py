@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 from collections.abc import Callable
 
@@ -75,3 +76,9 @@ NETWORKS: dict[str, Callable[[], Shapes]] = {
     "decoder-600m": decoder_600m,
     "widths24": widths24,
 }
+
+
+def by_shape(shapes: Shapes) -> dict[str, int]:
+    """How many parameters there are of each shape, named as "768x3072"."""
+    counts = collections.Counter("x".join(map(str, shape)) for shape in shapes)
+    return dict(counts)

@@ -11,11 +11,13 @@ A profile is a script, `python profiles/NAME.py --help`; the directory of a scri
     write_result("NAME", {"shapes": shapes, "rounds": options.rounds, "timings": timings}, options.results)
     save_figure(figure, "NAME", options.results)    # NAME.png; the figure from `figures()`, colours from `color_of(name)`
 
+A profile whose table and picture are made from its JSON alone leaves the order of things to `run_profile`.
 `write_result` adds the machine: versions, processor, threads, commit. Timings and dtypes may be anywhere in what it is given.
 """
 
 from _shared.figures import color_of, figures, save_figure
-from _shared.records import RESULTS, machine, write_result
+from _shared.profile import run_profile
+from _shared.records import RESULTS, machine, read_result, write_result
 from _shared.terminal import ProgressLine, markdown_table, parser
 from _shared.timing import Timing, compare, timing_of
 
@@ -29,6 +31,8 @@ __all__ = [
     "machine",
     "markdown_table",
     "parser",
+    "read_result",
+    "run_profile",
     "save_figure",
     "timing_of",
     "write_result",

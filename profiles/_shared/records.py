@@ -53,6 +53,12 @@ def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULT
     return path
 
 
+def read_result(name: str, directory: Path = RESULTS) -> dict[str, Any]:
+    """What `write_result` wrote last."""
+    result: dict[str, Any] = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
+    return result
+
+
 def _plain(value: Any) -> Any:
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return _plain(dataclasses.asdict(value))

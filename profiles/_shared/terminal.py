@@ -29,8 +29,9 @@ def at_least_one(text: str) -> int:
     return value
 
 
-def parser(description: str | None, rounds: int = 9) -> argparse.ArgumentParser:
-    """A parser with the options that all profiles have; `--threads` takes effect when it is parsed."""
+def parser(description: str | None, rounds: int = 9, redraw: bool = False) -> argparse.ArgumentParser:
+    """A parser with the options that all profiles have, `--redraw` for those that `run_profile` runs; `--threads` takes effect
+    when it is parsed."""
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="a small and short run, to see that everything works")
     result.add_argument(
@@ -40,6 +41,10 @@ def parser(description: str | None, rounds: int = 9) -> argparse.ArgumentParser:
     result.add_argument(
         "--results", type=Path, default=RESULTS, help="directory for the JSON and the picture (default profiles/results)"
     )
+    if redraw:
+        result.add_argument(
+            "--redraw", action="store_true", help="measure nothing: print the table and draw the picture of the last result"
+        )
     return result
 
 

@@ -29,7 +29,13 @@ def timing_of(milliseconds: Sequence[float]) -> Timing:
     return Timing(median, low, high)
 
 
-def compare(steps: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up: int = 2, calls: int = 1) -> dict[str, Timing]:
+def compare(
+    steps: Mapping[str, Callable[[], object]],
+    rounds: int = 9,
+    warm_up: int = 2,
+    calls: int = 1,
+    every: Mapping[str, int] | None = None,
+) -> dict[str, Timing]:
     """Time each contender once a round, for `rounds` rounds.
 
     Args:
@@ -37,6 +43,7 @@ def compare(steps: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up:
         rounds: measurements of each contender.
         warm_up: unmeasured calls of each contender before the first round; compilation belongs there.
         calls: calls to a measurement, for steps that are too short for the clock.
+        every: contenders that take part only in every n-th round, the first included, because they are slow; and that n.
 
     Returns:
         Milliseconds of one call, by name, in the order of `steps`.
@@ -52,8 +59,10 @@ def compare(steps: Mapping[str, Callable[[], object]], rounds: int = 9, warm_up:
     gc.collect()
     gc.disable()  # a collection would fall on whichever contender happens to run
     try:
-        for _ in range(rounds):
+        for done in range(rounds):
             for name, step in steps.items():
+                if done % (every or {}).get(name, 1):
+                    continue
                 start = time.perf_counter()
                 for _ in range(calls):
                     step()

@@ -1,0 +1,115 @@
+"""The optimizers that the profiles compare, and parameters to step.
+
+Every one steps at a learning rate of 1e-9, so that contenders can take turns on one list of parameters whose values stay.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _networks import Shapes
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafactor_compiled import Adafactor
+
+LR = 1e-9
+FIXED = {"lr": LR, "scale_parameter": True, "relative_step": False}
+
+Make = Callable[[list[Tensor], "float | None"], Optimizer]  # of parameters and beta1; ImportError where it is not installed
+
+
+class Contender(NamedTuple):
+    """An optimizer under a name that a figure has a colour for."""
+
+    name: str
+    make: Make
+    momentum: bool = True  # whether it knows beta1
+    every: int = 1  # takes part in every n-th round of a timing
+
+
+def ours(**path: Any) -> Make:
+    return lambda params, beta1: Adafactor(params, beta1=beta1, **FIXED, **path)
+
+
+def _transformers(params: list[Tensor], beta1: float | None) -> Optimizer:
+    from transformers.optimization import Adafactor as TransformersAdafactor
+
+    return TransformersAdafactor(params, beta1=beta1, **FIXED)
+
+
+def _pytorch_optimizer(params: list[Tensor], beta1: float | None) -> Optimizer:
+    from pytorch_optimizer import AdaFactor
+
+    return AdaFactor(params, betas=(beta1, 0.999), momentum_dtype=torch.float32, **FIXED)
+
+
+def _timm(params: list[Tensor], beta1: float | None) -> Optimizer:
+    return _timm_class()(params, lr=LR, betas=None if beta1 is None else (beta1, 0.999))
+
+
+def _timm_class() -> Any:
+    """timm's class without timm, which needs a torchvision: the module of the optimizer needs nothing but its neighbours."""
+    spec = importlib.util.find_spec("timm")
+    if spec is None or spec.origin is None:
+        raise ImportError("timm is not installed")
+    if "bare_timm_optim" not in sys.modules:
+        package = types.ModuleType("bare_timm_optim")
+        package.__path__ = [str(Path(spec.origin).parent / "optim")]
+        sys.modules["bare_timm_optim"] = package
+    return importlib.import_module("bare_timm_optim.adafactor").Adafactor
+
+
+def _torch(foreach: bool) -> Make:
+    return lambda params, beta1: torch.optim.Adafactor(params, lr=LR, foreach=foreach)
+
+
+def _adamw(**path: bool) -> Make:
+    return lambda params, beta1: torch.optim.AdamW(params, lr=LR, **path)
+
+
+CONTENDERS: dict[str, Contender] = {
+    "compiled": Contender("Adafactor, compiled", ours(compile=True)),
+    "adamw-fused": Contender("fused AdamW", _adamw(fused=True)),
+    "adamw-foreach": Contender("foreach AdamW", _adamw(foreach=True)),
+    "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),
+    "reference": Contender("Adafactor, reference path", ours(foreach=False), every=3),
+    "transformers": Contender("transformers", _transformers, every=3),
+    "torch-loop": Contender("torch.optim.Adafactor, for-loop", _torch(foreach=False), momentum=False, every=3),
+    "torch-foreach": Contender("torch.optim.Adafactor, foreach", _torch(foreach=True), momentum=False, every=3),
+    "pytorch-optimizer": Contender("pytorch_optimizer", _pytorch_optimizer, every=3),
+    "timm": Contender("timm", _timm, every=3),
+}
+
+
+def make_params(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
+    """Parameters of these shapes with gradients, normal and equal for equal seeds."""
+    generator = torch.Generator().manual_seed(seed)
+    params = []
+    for shape in shapes:
+        param = torch.nn.Parameter(torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
+        param.grad = torch.empty(shape, dtype=dtype).normal_(0, 1e-3, generator=generator)
+        params.append(param)
+    return params
+
+
+def make_optimizers(keys: list[str], params: list[Tensor], beta1: float | None) -> tuple[dict[str, Optimizer], dict[str, str]]:
+    """The contenders that can step these parameters, by key; and why the others cannot."""
+    made, missing = {}, {}
+    for key in keys:
+        contender = CONTENDERS[key]
+        if beta1 is not None and not contender.momentum:
+            missing[key] = "has no beta1"
+            continue
+        try:
+            made[key] = contender.make(params, beta1)
+        except ImportError as error:
+            missing[key] = str(error)
+    return made, missing

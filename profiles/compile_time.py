@@ -1,0 +1,136 @@
+"""What the first step costs: compiling with an empty cache, with a full one, and on a network that was never seen before.
+
+Each figure is from a fresh process: the import of the package, the construction of the optimizer and its first step, beyond
+the import of torch. Every network starts with an empty directory for Inductor's cache (cold), then once more with what that left
+(warm), and once with what another network left (unseen). Beside it torch.compile on torch.optim.AdamW.step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _networks import NETWORKS, by_shape
+from _shared import color_of, figures, markdown_table, parser, run_profile
+
+CHILD = Path(__file__).with_name("_first_step.py")
+MOST_SECONDS = {"cold": 25.0, "warm": 4.0, "unseen": 5.0}
+AFTER = {"gpt2": "t5-small", "resnet50": "gpt2", "widths24": "gpt2", "t5-small": "gpt2", "lora-8b": "gpt2", "vit-b16": "gpt2"}
+DEFAULT = ["gpt2", "resnet50", "widths24"]
+ADAMW_ON = "gpt2"
+LOOKS = {"cold": {"alpha": 1.0}, "unseen": {"alpha": 0.6}, "warm": {"alpha": 0.3}}
+
+
+class Case(NamedTuple):
+    network: str
+    optimizer: str  # "adafactor" or "adamw"
+    unseen_after: str | None  # the network that fills the cache for the third figure
+
+
+def first_step(network: str, optimizer: str, cache: Path) -> dict[str, Any]:
+    """Seconds of the phases of a fresh process that compiles with this cache directory."""
+    environment = {
+        **os.environ,
+        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "OMP_NUM_THREADS": str(torch.get_num_threads()),
+        "PYTHONPATH": os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")]),
+    }
+    start = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, str(CHILD), network, optimizer], capture_output=True, text=True, env=environment, check=False
+    )
+    if done.returncode:
+        raise SystemExit(f"the first step of {optimizer} on {network} failed:\n{done.stderr}")
+    phases: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    seconds = phases["import_and_construction_s"] + phases["first_step_s"]
+    return {"seconds": seconds, **phases, "process_s": time.perf_counter() - start}
+
+
+def measure_case(case: Case) -> dict[str, Any]:
+    phases = {}
+    with tempfile.TemporaryDirectory(prefix="inductor-") as own, tempfile.TemporaryDirectory(prefix="inductor-") as other:
+        phases["cold"] = first_step(case.network, case.optimizer, Path(own))
+        phases["warm"] = first_step(case.network, case.optimizer, Path(own))
+        if case.unseen_after is not None:
+            first_step(case.unseen_after, case.optimizer, Path(other))
+            phases["unseen"] = first_step(case.network, case.optimizer, Path(other))
+    print(
+        f"{case.optimizer} on {case.network}: " + ", ".join(f"{k} {v['seconds']:.1f} s" for k, v in phases.items()), flush=True
+    )
+    return {**case._asdict(), "shapes": by_shape(NETWORKS[case.network]()), **phases}
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    networks = options.networks or (["widths24"] if options.quick else DEFAULT)
+    cases = [Case(network, "adafactor", None if options.quick else AFTER[network]) for network in networks]
+    if not options.quick and not options.skip_adamw:
+        cases.append(Case(ADAMW_ON, "adamw", None))
+    done = []
+    for case in cases:
+        done.append(measure_case(case))
+        yield {"rounds": 1, "most_seconds": MOST_SECONDS, "cases": done}
+
+
+def name_of(case: dict[str, Any]) -> str:
+    return f"{case['network']}, " + ("torch.compile(AdamW.step)" if case["optimizer"] == "adamw" else "this package")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Seconds of the first step in a fresh process, and how many graphs it needed."""
+    kinds = list(MOST_SECONDS)
+    rows = [
+        [
+            name_of(case),
+            *(f"{case[kind]['seconds']:.1f}" if kind in case else "-" for kind in kinds),
+            str(case["cold"]["graphs"]),
+            f"{case['unseen']['found_in_cache']} of {case['unseen']['graphs']}" if "unseen" in case else "-",
+        ]
+        for case in result["cases"]
+    ]
+    goal = ["goal", *(f"<= {most:g}" for most in result["most_seconds"].values()), "-", "-"]
+    return markdown_table(["first step, s", *kinds, "graphs", "of an unseen network, in the cache"], [*rows, goal])
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Bars of seconds, and the goals as lines of the same height."""
+    cases = result["cases"]
+    figure, axes = figures().subplots(figsize=(9, 1.6 + 0.8 * len(cases)))
+    for y, case in enumerate(cases):
+        color = color_of("AdamW" if case["optimizer"] == "adamw" else "compiled")
+        kinds = [kind for kind in LOOKS if kind in case]
+        for place, kind in enumerate(kinds):
+            seconds = case[kind]["seconds"]
+            height = 0.8 / len(kinds)
+            middle = y - 0.4 + height * (place + 0.5)
+            axes.barh(middle, seconds, height * 0.9, color=color, **LOOKS[kind])
+            after = f" (after {case['unseen_after']})" if kind == "unseen" else ""
+            axes.annotate(f"{kind}{after} {seconds:.1f} s", (seconds, middle), (4, 0), textcoords="offset points", va="center")
+            if case["optimizer"] != "adamw":
+                goal = result["most_seconds"][kind]
+                axes.plot([goal, goal], [middle - height / 2, middle + height / 2], color="black", linewidth=2)
+    axes.set_yticks(range(len(cases)), [name_of(case).replace(", ", "\n") for case in cases])
+    axes.invert_yaxis()
+    axes.grid(visible=False, axis="y")
+    axes.margins(x=0.25)
+    axes.set(xlabel="seconds; the black lines are goals", title="First step in a fresh process")
+    return figure
+
+
+def main() -> None:
+    options = parser(__doc__, redraw=True)
+    options.add_argument("--networks", nargs="+", choices=AFTER, metavar="NAME", help=f"of {', '.join(AFTER)}")
+    options.add_argument("--skip-adamw", action="store_true", help="leave out torch.compile on AdamW, which takes minutes")
+    run_profile("compile_time", options.parse_args(), measure, table, draw)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,174 @@
+"""Time of one optimizer step on the parameter lists of networks that people train, beside every other Adafactor and AdamW.
+
+All contenders of a row step the same parameters in one process, in turn, and everything is measured twice, one measurement
+after the other. The slow ones take part in every third round. Only the step is timed: no forward, no backward.
+
+    python profiles/step_time.py --networks gpt2 t5-small --contenders compiled adamw-fused transformers
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from _contenders import CONTENDERS, make_optimizers, make_params
+from _networks import NETWORKS, by_shape
+from _shared import color_of, compare, figures, markdown_table, parser, run_profile
+
+MEASUREMENTS = 2
+OURS, ADAMW, TRANSFORMERS = "compiled", "adamw-fused", "transformers"
+
+
+class Row(NamedTuple):
+    """A parameter list, how it is stepped, and what the compiled step is to reach on it."""
+
+    title: str
+    network: str
+    most_of_adamw: float  # time over that of fused AdamW, at most
+    least_speedup: float  # times faster than transformers, at least
+    dtype: torch.dtype = torch.float32
+    beta1: float | None = None
+
+
+ROWS = {
+    "gpt2": Row("GPT-2 124M", "gpt2", 1.0, 8),
+    "t5-small": Row("T5-small", "t5-small", 1.0, 9),
+    "vit-b16": Row("ViT-B/16", "vit-b16", 1.0, 9),
+    "lora-8b": Row("LoRA r=16 on an 8B decoder", "lora-8b", 1.5, 3.3),
+    "resnet50": Row("ResNet-50", "resnet50", 1.5, 10),
+    "decoder-600m": Row("600M decoder, bfloat16", "decoder-600m", 1.0, 18, dtype=torch.bfloat16),
+    "gpt2-beta1": Row("GPT-2 with beta1=0.9", "gpt2", 1.15, 6, beta1=0.9),
+    "widths24": Row("24 layers of 24 widths", "widths24", 2.0, 2.7),
+}
+
+
+def measure_row(row: Row, keys: list[str], rounds: int) -> dict[str, Any]:
+    shapes = NETWORKS[row.network]()
+    params = make_params(shapes, row.dtype)
+    optimizers, missing = make_optimizers(keys, params, row.beta1)
+    every = {key: CONTENDERS[key].every for key in optimizers}
+    measurements = []
+    for i in range(MEASUREMENTS):
+        steps = {key: optimizer.step for key, optimizer in optimizers.items()}
+        timings = compare(steps, rounds, warm_up=0 if i else 2, every=every)
+        measurements.append(timings)
+        print(f"{row.title}: " + ", ".join(f"{key} {timing.median:.2f} ms" for key, timing in timings.items()), flush=True)
+    return {
+        "title": row.title,
+        "shapes": by_shape(shapes),
+        "tensors": len(shapes),
+        "parameters": sum(map(math.prod, shapes)),
+        "dtype": row.dtype,
+        "beta1": row.beta1,
+        "rounds": {key: -(-rounds // every[key]) for key in optimizers},
+        "not_measured": missing,
+        "target": {"over_fused_adamw_at_most": row.most_of_adamw, "faster_than_transformers_at_least": row.least_speedup},
+        "ms": measurements,
+    }
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    names = options.networks or (["widths24"] if options.quick else list(ROWS))
+    rounds = min(3, options.rounds) if options.quick else options.rounds
+    rows: dict[str, Any] = {}
+    for name in names:
+        rows[name] = measure_row(ROWS[name], options.contenders or list(CONTENDERS), rounds)
+        gc.collect()  # the state of ten optimizers, before the next list is made
+        yield {"rounds": rounds, "rows": rows}
+
+
+def ratio(row: dict[str, Any], over: str, under: str) -> list[float]:
+    """median of one contender / that of another, for each measurement; empty where one was not measured."""
+    return [ms[over]["median"] / ms[under]["median"] for ms in row["ms"] if over in ms and under in ms]
+
+
+def both(values: list[float], form: str = ".2f") -> str:
+    return ", ".join(format(value, form) for value in values) or "-"
+
+
+def table(result: dict[str, Any]) -> str:
+    """The row's two goals beside what was reached, each measured twice; then the milliseconds of all."""
+    goals = [
+        [
+            row["title"],
+            both([ms[OURS]["median"] for ms in row["ms"] if OURS in ms], ".1f"),
+            both(ratio(row, OURS, ADAMW)),
+            f"<= {row['target']['over_fused_adamw_at_most']:g}",
+            both(ratio(row, TRANSFORMERS, OURS), ".1f"),
+            f">= {row['target']['faster_than_transformers_at_least']:g}",
+            both(ratio(row, TRANSFORMERS, ADAMW), ".1f"),
+            both(ratio(row, TRANSFORMERS, "multi-tensor")),
+            both(ratio(row, "reference", "multi-tensor")),
+        ]
+        for row in result["rows"].values()
+    ]
+    header = [
+        "",
+        "compiled, ms",
+        "compiled / fused AdamW",
+        "goal",
+        "transformers / compiled",
+        "goal",
+        "transformers / fused AdamW",
+        "transformers / multi-tensor",
+        "reference / multi-tensor",
+    ]
+    times = [
+        [CONTENDERS[key].name]
+        + [both([ms[key]["median"] for ms in row["ms"] if key in ms], ".1f") for row in result["rows"].values()]
+        for key in CONTENDERS
+    ]
+    names = ["ms of a step", *(row["title"] for row in result["rows"].values())]
+    return f"{markdown_table(header, goals)}\n\n{markdown_table(names, times)}"
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """For each list the contenders' times over that of fused AdamW: a dot a measurement, a black line for the goal."""
+    rows = [row for row in result["rows"].values() if any(ADAMW in ms for ms in row["ms"])]
+    figure, axes = figures().subplots(figsize=(10, 1.5 + 0.75 * len(rows)))
+    labelled = set()
+    for y, row in enumerate(rows):
+        for key, contender in CONTENDERS.items():
+            values = ratio(row, key, ADAMW)
+            if values:
+                hollow = "foreach" in contender.name
+                axes.plot(
+                    values,
+                    [y] * len(values),
+                    "D" if key == OURS else "o",
+                    color=color_of(contender.name),
+                    markerfacecolor="white" if hollow else None,
+                    markersize=8 if key == OURS else 6,
+                    zorder=3 if key == OURS else 2,
+                    label=None if key in labelled else contender.name,
+                )
+                labelled.add(key)
+        goal = row["target"]["over_fused_adamw_at_most"]
+        axes.plot(
+            [goal, goal], [y - 0.32, y + 0.32], color="black", linewidth=2, label=None if y else "goal of the compiled step"
+        )
+    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    axes.invert_yaxis()
+    axes.set(xscale="log", xlabel="time of a step / fused AdamW's, logarithmic", title="One optimizer step")
+    ticks = [0.5, 1, 2, 5, 10, 20, 50]
+    axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+    figure.legend(loc="outside lower center", ncols=4)
+    return figure
+
+
+def main() -> None:
+    options = parser(__doc__, redraw=True)
+    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)} (default all)")
+    options.add_argument(
+        "--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)} (default all)"
+    )
+    run_profile("step_time", options.parse_args(), measure, table, draw)
+
+
+if __name__ == "__main__":
+    main()
