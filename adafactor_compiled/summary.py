@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adafactor_compiled import _routes
+from adafactor_compiled import _routes, _sharded_calls
 from adafactor_compiled._compile import compile_seconds
-from adafactor_compiled._plan import Entry, Plan
+from adafactor_compiled._plan import Entry, Plan, path_of
 
 
 class ClassSummary(NamedTuple):
@@ -22,9 +22,9 @@ class ClassSummary(NamedTuple):
         members: number of parameters.
         factored: whether row and column averages stand for the second moment.
         momentum: whether there is an `exp_avg`.
-        state_bytes: memory of the members' state.
+        state_bytes: memory of the members' state, of all ranks where it is sharded.
         path: "compiled", "multi_tensor", "reference" or "sharded".
-        compiled: whether all passes of a compiled class are compiled in this process.
+        compiled: whether all passes of a compiled class, on its own piece where it is sharded, are compiled in this process.
         compile_seconds: what compiling those passes took in this process; classes may share passes.
     """
 
@@ -74,8 +74,13 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     classes, seconds = [], {}
     for part in plan.parts:
         shape_class, of_part = part.shape_class, {}
-        if part.path == "compiled" and compiles:
-            calls = _routes.calls_of(shape_class, len(part.positions))
+        if compiles and part.path in ("compiled", "sharded"):
+            if part.path == "compiled":
+                calls = _routes.calls_of(shape_class, len(part.positions))
+            else:
+                calls = _sharded_calls.calls_of(
+                    x for x in map(entries.__getitem__, part.positions) if path_of(x.group) == "compiled"
+                )
             of_part = {call.key: compile_seconds(call.key) for call in calls}
         known = {key: value for key, value in of_part.items() if value is not None}
         seconds.update(known)

@@ -95,7 +95,9 @@ def check_compiled(placements: list[Any], shapes: list[tuple[int, ...]]) -> None
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes).parameters()]
     for rank in range(dist.get_world_size()):  # one rank compiles, and the others find it on the disk
         if rank == dist.get_rank():
-            Adafactor(params, **OPTIONS[1], compile=True).warm_up()
+            optimizer = Adafactor(params, **OPTIONS[1], compile=True)
+            optimizer.warm_up()
+            assert optimizer.summary().classes[0].compiled
         dist.barrier()
     compiled = counters["stats"]["unique_graphs"]
     assert compiled == len(_compile._ready) > 0
