@@ -1,8 +1,8 @@
 """What the first step costs: compiling with an empty cache, with a full one, and on a network that was never seen before.
 
 Each figure is from a fresh process: the import of the package, the construction of the optimizer and its first step, beyond
-the import of torch. Every network starts with an empty directory for Inductor's cache (cold), then once more with what that left
-(warm), and once with what another network left (unseen). Beside it torch.compile on torch.optim.AdamW.step.
+the import of torch. Every network starts with an empty directory for Inductor's cache (cold), then once more with what that
+left (warm), and once with what another network left (unseen). Beside it torch.compile on torch.optim.AdamW.step.
 """
 
 from __future__ import annotations
