@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from tolerances import TOLERANCES
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -64,6 +65,20 @@ def assert_same(mine: Adafactor, reference: Adafactor, params: list[Tensor], exp
             assert_close(state[key], wanted[key], TOLERANCES[q.dtype].state, f"{where} {key}")
 
 
+def assert_replicas_agree(optimizer: Adafactor, params: list[Tensor]) -> None:
+    """Bit for bit, parameters and state: what is not split over a mesh dimension is the same on all of its ranks."""
+    for p in params:
+        for x in (p.detach(), *optimizer.state[p].values()):
+            if isinstance(x, DTensor):
+                for dim, placement in enumerate(x.placements):
+                    group, local = x.device_mesh.get_group(dim), x.to_local()
+                    replicas = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+                    if placement.is_replicate():
+                        dist.all_gather(replicas, local.contiguous(), group=group)
+                        for replica in replicas:
+                            torch.testing.assert_close(replica, local, rtol=0, atol=0, equal_nan=True)
+
+
 def train_beside_unsharded(
     params: list[Tensor], options: dict[str, Any], mode: dict[str, Any], steps: int = STEPS
 ) -> Adafactor:
@@ -75,6 +90,7 @@ def train_beside_unsharded(
         mine.step()
         reference.step()
     assert_same(mine, reference, params, whole)
+    assert_replicas_agree(mine, params)
     limit = max(TOLERANCES[q.dtype].state for q in whole)
     for ours, theirs in zip(mine.telemetry(), reference.telemetry(), strict=True):
         assert ours == pytest.approx(theirs, rel=limit)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -56,6 +57,35 @@ def check_missing_gradient(first_step: bool) -> None:
 @pytest.mark.parametrize("first_step", [True, False], ids=["first step", "later"])
 def test_missing_gradient(ranks, first_step):
     ranks(4).run(check_missing_gradient, first_step)
+
+
+def check_told_late() -> None:
+    """As on a device that a step must not wait for: the error comes with the next step."""
+    params = sharded_parameters()
+    optimizer = Adafactor(params, compile=False)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    (exchange,) = optimizer._exchanges
+    exchange.tells_late = True
+    with mock.patch("torch.Event") as event:
+        optimizer.step()
+        optimizer.step()
+        grad = params[1].grad
+        if dist.get_rank() == 0:
+            params[1].grad = None
+        optimizer.step()
+        params[1].grad = grad
+        with pytest.raises(
+            RuntimeError, match=r"parameter 1 \(shape \(5,\).* there on: 1; an update of the last step is wrong"
+        ):
+            optimizer.step()
+        assert event.return_value.record.call_count == event.return_value.synchronize.call_count == 3
+        optimizer.step()  # once told, it is over
+
+
+def test_told_late(ranks):
+    ranks(2).run(check_told_late)
 
 
 def check_other_lists() -> None:
