@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._rounding import along, write
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -96,7 +97,9 @@ def finish(new: Averages, param_sq: Tensor, col: Tensor, rms: Tensor, update_rms
     return Factors(new.row_mean, materialize(new.col.rsqrt()), materialize(scale), materialize(decay))
 
 
-def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor) -> None:
+def apply(
+    p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor, draws: Tensor | None = None
+) -> None:
     """Second reads of p and g, and the only write of p."""
     numbers = Numbers.of(table)
     row_mean = f.row_mean.reshape(f.row_mean.shape + (1,) * (row.ndim - f.row_mean.ndim))
@@ -107,7 +110,14 @@ def apply(p: Tensor, g: Tensor, row: Tensor, exp_avg: Tensor | None, f: Factors,
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
         exp_avg.copy_(update)
     wide_p = p.to(table.dtype)
-    p.copy_(wide_p - (wide_p * f.decay + update))
+    write(p, wide_p - (wide_p * f.decay + update), None if draws is None else _bits(draws, row, p.shape[-1]))
+
+
+def _bits(draws: Tensor, row: Tensor, columns: int) -> Tensor:
+    """Random bits for the elements of rows of shape [R], [n, B] or [slices, n, B]."""
+    rows = row.shape[-1] if row.ndim == 1 else row.shape[-2] * row.shape[-1]
+    by_row = along(draws, 0, row.shape[0] if row.ndim == 3 else 1).unsqueeze(-1) ^ along(draws, 1, rows)
+    return materialize(by_row.reshape(row.shape)).unsqueeze(-1) ^ materialize(along(draws, 2, columns))
 
 
 def step_matrix(
@@ -119,8 +129,9 @@ def step_matrix(
     rms: Tensor,
     update_rms: Tensor,
     table: Tensor,
+    draws: Tensor | None = None,
 ) -> None:
     """A whole step of a matrix that fits in cache."""
     sums = statistics(p, g, row, table)
     f = factors(sums, col, rms, update_rms, table, g.shape[-3] * g.shape[-2], g.numel())
-    apply(p, g, row, exp_avg, f, table)
+    apply(p, g, row, exp_avg, f, table, draws)

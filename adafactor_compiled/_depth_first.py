@@ -64,6 +64,7 @@ class Matrix(NamedTuple):
     exp_avg: Tensor | None
     rms: Tensor
     update_rms: Tensor
+    draws: Tensor | None = None
 
 
 def step_members(shape: tuple[int, ...], members: Members, tables: list[Tensor], run: Runner) -> None:
@@ -79,6 +80,7 @@ def step_members(shape: tuple[int, ...], members: Members, tables: list[Tensor],
             members.exp_avgs[i] if members.exp_avgs else None,
             members.rms[i].view(1),  # Inductor loses an in-place update of a 0-dim float64 tensor (torch 2.13)
             members.update_rms[i].view(1),
+            members.draws[i] if members.draws else None,
         )
         step(blocking, matrix, table, run)
 
@@ -98,6 +100,7 @@ def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> No
         x.rms,
         x.update_rms,
         table,
+        x.draws,
     )
 
 
@@ -136,6 +139,7 @@ def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: T
                 None if exp_avg is None else exp_avg[part],
                 of_slice,
                 table,
+                None if x.draws is None else _from(x.draws, i, start),
             )
 
 
@@ -154,3 +158,8 @@ def _statistics_of_slice(blocking: Blocking, p: Tensor, g: Tensor, row: Tensor, 
             )
         )
     return _blocked.Sums(*(torch.stack(x).sum(0) for x in zip(*sums, strict=True)))
+
+
+def _from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
+    """The draws of a piece that begins at this slice and row."""
+    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0], dtype=draws.dtype, device=draws.device)

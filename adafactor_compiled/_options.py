@@ -57,6 +57,10 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
 def _is_bool_or_none(value: object) -> bool:
     return value is None or isinstance(value, bool)
 
@@ -76,6 +80,8 @@ OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "compile": (_is_bool_or_none, "None or a bool"),
     "maximize": (_is_bool, "a bool"),
     "capturable": (_is_bool, "a bool"),
+    "stochastic_rounding": (_is_bool, "a bool"),
+    "rounding_seed": (_is_int, "an int"),
 }
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._rounding import bits_of_matrix, bits_of_vectors, rounded, write
 
 # Runs a function on arguments: compiled, or to note what would be compiled. The tuple says what a graph of it depends on.
 Runner = Callable[..., Any]
@@ -29,6 +30,7 @@ class Members(NamedTuple):
     exp_avgs: list[Tensor]
     rms: list[Tensor]
     update_rms: list[Tensor]  # written: the RMS of the update before clipping
+    draws: list[Tensor]  # for stochastic rounding, see _rounding.py
 
 
 def step_class(members: Members, table: Tensor) -> None:
@@ -68,7 +70,11 @@ def _step_matrices(members: Members, table: Tensor) -> None:
     # p - (p * decay + update): p * (1 - decay) would round 1 - decay, the same way at every step.
     decrease = torch._foreach_mul(params, (numbers.weight_decay * alpha).unbind())  # 9
     torch._foreach_add_(decrease, update)
-    torch._foreach_copy_(members.params, torch._foreach_sub(params, decrease))  # 10
+    new = torch._foreach_sub(params, decrease)  # 10
+    if members.draws:
+        dtype = members.params[0].dtype
+        new = tuple(rounded(x, bits_of_matrix(d, x.shape), dtype) for x, d in zip(new, members.draws, strict=True))
+    torch._foreach_copy_(members.params, new)
 
     torch._foreach_copy_(members.rms, param_rms.unbind())
     torch._foreach_copy_(members.update_rms, update_rms.unbind())
@@ -88,6 +94,7 @@ class Stacked(NamedTuple):
     exp_avgs: Tensor | None
     rms: Tensor
     update_rms: Tensor
+    draws: Tensor | None = None  # [k, 6]
 
 
 def one_vector(members: Members, i: int) -> Stacked:
@@ -96,7 +103,8 @@ def one_vector(members: Members, i: int) -> Stacked:
         x[i].view(1, -1) for x in (members.params, members.grads, members.exp_avg_sqs, members.rms, members.update_rms)
     )
     exp_avgs = members.exp_avgs[i].view(1, -1) if members.exp_avgs else None
-    return Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms)
+    draws = members.draws[i].view(1, -1) if members.draws else None
+    return Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms, draws)
 
 
 def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
@@ -110,7 +118,8 @@ def stacked_of(members: Members) -> Stacked:
     """Copies of the vectors of a class, stacked."""
     params, exp_avg_sqs, rms, update_rms = map(_stack, (members.params, members.exp_avg_sqs, members.rms, members.update_rms))
     exp_avgs = _stack(members.exp_avgs) if members.exp_avgs else None
-    return Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms)
+    draws = _stack(members.draws) if members.draws else None
+    return Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms, draws)
 
 
 def put_back(members: Members, stacked: Stacked) -> None:
@@ -156,7 +165,8 @@ def apply_stacked(x: Stacked, new: StackedUpdate, table: Tensor, numel: int) -> 
     if x.exp_avgs is not None:  # 8
         update = x.exp_avgs * numbers.beta1 + update * numbers.one_minus_beta1
         x.exp_avgs.copy_(update)
-    x.params.copy_(p - (p * (numbers.weight_decay * alpha) + update))  # 9, 10
+    bits = None if x.draws is None else bits_of_vectors(x.draws, p.shape[1])
+    write(x.params, p - (p * (numbers.weight_decay * alpha) + update), bits)  # 9, 10
 
     x.exp_avg_sqs.copy_(new.exp_avg_sqs)
     x.rms.copy_(param_rms)

@@ -13,6 +13,7 @@ from adafactor_compiled._numbers import numbers_of
 from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._passes import Members
 from adafactor_compiled._placements import check_gradient_placements
+from adafactor_compiled._rounding import draws_of, wants_rounding
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, shape_class_of
 from adafactor_compiled._state import State, complete
 
@@ -76,7 +77,8 @@ def path_of(group: Group, param: Tensor | None = None) -> str:
 def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     """The plan of a step: the last one, where nothing has changed that it depends on."""
     keys = [
-        (path_of(group, param), shape_class_of(param, grad, group["beta1"] is not None)) for _, param, grad, _, group in entries
+        (path_of(group, param), shape_class_of(param, grad, group["beta1"] is not None, _rounds(param, group)))
+        for _, param, grad, _, group in entries
     ]
     made_for = [*keys, *((len(entry.state), entry.group["capturable"]) for entry in entries)]
     if last is not None and last.made_for == made_for:
@@ -101,7 +103,18 @@ def members_of(part: Part, entries: list[Entry], update_rms: list[Tensor]) -> Me
         exp_avgs=[state["exp_avg"] for state in states] if momentum else [],
         rms=[state["RMS"] for state in states],
         update_rms=[update_rms[i] for i in part.positions],
+        draws=draws_of_entries(chosen) if part.shape_class.rounding else [],
     )
+
+
+def _rounds(param: Tensor, group: Group) -> bool:
+    return wants_rounding(param.dtype, group["stochastic_rounding"])
+
+
+def draws_of_entries(entries: list[Entry]) -> list[Tensor]:
+    """What determines the random bits of entries on one device at their step."""
+    seeds, positions = [entry.group["rounding_seed"] for entry in entries], [entry.position for entry in entries]
+    return draws_of(seeds, positions, [entry.state["step"] for entry in entries], entries[0].param.device)
 
 
 def tables_of(entries: list[Entry]) -> list[Tensor]:

@@ -9,12 +9,15 @@ from torch import Tensor
 
 from adafactor_compiled._numbers import unscaled_lr
 from adafactor_compiled._options import Group
+from adafactor_compiled._rounding import bits_of_matrix, write
 
 
-def step_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], group: Group, update_rms: Tensor) -> None:
+def step_parameter(
+    param: Tensor, grad: Tensor, state: dict[str, Any], group: Group, update_rms: Tensor, draws: Tensor | None = None
+) -> None:
     """Step one parameter in place; `state["step"]` has already been raised (1).
 
-    `update_rms`, 0-dim, receives the RMS of the update before clipping.
+    `update_rms`, 0-dim, receives the RMS of the update before clipping. `draws` are for stochastic rounding.
     """
     compute_dtype = state["RMS"].dtype
     p, g = param.to(compute_dtype), grad.to(compute_dtype)  # p is param itself unless that is half-precision
@@ -53,7 +56,7 @@ def step_parameter(param: Tensor, grad: Tensor, state: dict[str, Any], group: Gr
         p.sub_(p * (group["weight_decay"] * alpha))
     p.sub_(update)  # 10
     if p is not param:
-        param.copy_(p)
+        write(param, p, None if draws is None else bits_of_matrix(draws, p.shape))
 
 
 def rms(x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from adafactor_compiled import _depth_first
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, Runner, one_vector, step_class, step_stacked, with_stacked
+from adafactor_compiled._rounding import SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride
 
 STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one
@@ -54,7 +55,7 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
 
 
 def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
-    static = (shape_class.dtype, shape_class.grad_dtype, shape_class.momentum)
+    static = (shape_class.dtype, shape_class.grad_dtype, shape_class.momentum, shape_class.rounding)
     return Pass(function, shape_class.device.type, (*static, *variant))
 
 
@@ -100,6 +101,7 @@ def _transposed(members: Members) -> Members:
         exp_avgs=[x.mT for x in members.exp_avgs],
         rows=members.cols,
         cols=members.rows,
+        draws=[x[SWAPPED] for x in members.draws],
     )
 
 
@@ -144,4 +146,5 @@ def _on_meta(shape_class: ShapeClass, k: int) -> Members:
         exp_avgs=make(shape, stride) if shape_class.momentum else [],
         rms=contiguous(()),
         update_rms=contiguous(()),
+        draws=[torch.empty(6, dtype=torch.int32, device="meta") for _ in range(k)] if shape_class.rounding else [],
     )

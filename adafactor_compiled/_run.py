@@ -24,8 +24,8 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
             continue
         members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
         if part.path == "reference":
-            for i in part.positions:
-                step_parameter(*entries[i][1:], plan.update_rms[i])
+            for number, i in enumerate(part.positions):
+                step_parameter(*entries[i][1:], plan.update_rms[i], members.draws[number] if members.draws else None)
         elif part.path == "compiled" and compiles:
             _routes.step_compiled(part.shape_class, members, numbers)
         else:

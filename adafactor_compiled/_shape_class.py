@@ -24,6 +24,7 @@ class ShapeClass(NamedTuple):
     grad_dtype: torch.dtype
     device: torch.device
     momentum: bool
+    rounding: bool = False  # stochastically
 
     @property
     def factored(self) -> bool:
@@ -34,8 +35,9 @@ class ShapeClass(NamedTuple):
         return math.prod(self.shape)
 
 
-def shape_class_of(param: Tensor, grad: Tensor, momentum: bool) -> ShapeClass:
-    return ShapeClass(tuple(param.shape), param.stride(), grad.stride(), param.dtype, grad.dtype, param.device, momentum)
+def shape_class_of(param: Tensor, grad: Tensor, momentum: bool, rounding: bool = False) -> ShapeClass:
+    strides = param.stride(), grad.stride()
+    return ShapeClass(tuple(param.shape), *strides, param.dtype, grad.dtype, param.device, momentum, rounding)
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -143,7 +143,7 @@ class Piece:
             return
         exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
         row = _unflatten(x.row, -1, self.blocks)
-        self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table)
+        self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table, x.draws)
 
 
 def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:

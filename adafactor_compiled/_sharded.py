@@ -103,7 +103,7 @@ def local_grad(entry: Entry) -> Tensor:
 
 
 def pass_of(entry: Entry, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
-    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None)
+    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None, False)
     return Pass(function, entry.param.device.type, (*static, *variant))
 
 
@@ -259,6 +259,7 @@ class _Vectors(_Pieces):
             exp_avgs=[local(x.state["exp_avg"]) for x in entries] if entries[0].group["beta1"] is not None else [],
             rms=[x.state["RMS"] for x in entries],
             update_rms=[job.update_rms for job in jobs],
+            draws=[],
         )
         self.stacked = stacked_of(self.members)
         k, n = self.stacked.params.shape

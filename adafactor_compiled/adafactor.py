@@ -65,6 +65,9 @@ class Adafactor(Optimizer):
         maximize: maximize the objective; gradients are left as they are.
         capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
             a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that updates too small for their
+            digits count on average; other dtypes are not affected.
+        rounding_seed: seed of that rounding; the same seed, step and parameter draw the same everywhere.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
     Every argument but `params` and `show_progress` can be set for a parameter group.
@@ -125,6 +128,8 @@ class Adafactor(Optimizer):
         compile: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
+        stochastic_rounding: bool = False,
+        rounding_seed: int = 0,
         show_progress: bool | None = None,
     ) -> None:
         _options.check_manual_lr(lr, relative_step)
@@ -142,6 +147,8 @@ class Adafactor(Optimizer):
             "compile": compile,
             "maximize": maximize,
             "capturable": capturable,
+            "stochastic_rounding": stochastic_rounding,
+            "rounding_seed": rounding_seed,
         }
         _options.check_options(defaults)
         if show_progress is not None:
@@ -189,6 +196,8 @@ class Adafactor(Optimizer):
             tensor = param[1] if isinstance(param, tuple) else param
             _options.check_parameter(tensor, index)
             _placements.check_placements(tensor, index)
+            if merged["stochastic_rounding"] and isinstance(tensor, DTensor):
+                raise ValueError(f"`stochastic_rounding` should be False for sharded parameters but is: True{where}")
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         _capturable.lr_to_tensor(group)
