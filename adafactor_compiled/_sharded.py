@@ -31,7 +31,11 @@ from adafactor_compiled._shard_passes import Piece, moving_average
 def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exchange]:
     """The exchanges of all DTensor parameters that may get a gradient: the last ones, where these are the same."""
     params = [param for group in groups for param in group["params"]]
-    sharded = [(i, param) for i, param in enumerate(params) if isinstance(param, DTensor) and param.requires_grad]
+    sharded = [
+        (i, param)
+        for i, param in enumerate(params)
+        if isinstance(param, DTensor) and (param.requires_grad or param.grad is not None)
+    ]
     known = [x for exchange in last for x in exchange.params]
     if len(known) == len(sharded) and {(i, id(x)) for i, x in known} == {(i, id(x)) for i, x in sharded}:
         return last

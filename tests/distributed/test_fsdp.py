@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_training import Bag, train_beside_unsharded
+from sharded_training import Bag, assert_same, set_gradients, train_beside_unsharded, whole_of
 from torch import nn
 from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
@@ -126,6 +126,29 @@ def test_compiled(ranks):
     pair.run(check_compiled, [Shard(0)], [(64, 48), (90, 40), (1, 5), (130,), (44,), (3,)], timeout=280.0)
     pair.run(check_compiled, [Shard(1)], [(64, 48), (90, 40)], timeout=280.0)
     pair.run(check_compiled_in_chunks, timeout=280.0)
+
+
+def check_frozen_and_late() -> None:
+    """Frozen parameters take no part, unless they still have a gradient; a group that joins late does."""
+    params = fsdp_parameters()
+    for p in params[:6]:
+        p.requires_grad_(False)
+    whole = [nn.Parameter(whole_of(p).detach().clone(), requires_grad=p.requires_grad) for p in params]
+    mine, reference = Adafactor(params[:9], compile=False), Adafactor(whole[:9], foreach=False)
+    for step in range(6):
+        set_gradients(params, whole, step)
+        for p in [*params[:3], *whole[:3]]:
+            p.grad = None
+        if step == 3:
+            mine.add_param_group({"params": params[9:], "beta1": 0.5})
+            reference.add_param_group({"params": whole[9:], "beta1": 0.5})
+        mine.step()
+        reference.step()
+    assert_same(mine, reference, params, whole)
+
+
+def test_frozen_and_late(ranks):
+    ranks(2).run(check_frozen_and_late)
 
 
 def check_grad_scaler() -> None:
