@@ -57,6 +57,10 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
+def _is_nonfinite(value: object) -> bool:
+    return value in ("propagate", "skip")
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -82,6 +86,7 @@ OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "capturable": (_is_bool, "a bool"),
     "stochastic_rounding": (_is_bool, "a bool"),
     "rounding_seed": (_is_int, "an int"),
+    "nonfinite": (_is_nonfinite, '"propagate" or "skip"'),
 }
 
 

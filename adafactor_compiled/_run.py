@@ -8,6 +8,7 @@ from torch import Tensor
 
 from adafactor_compiled import _routes, _sharded
 from adafactor_compiled._exchange import Exchange
+from adafactor_compiled._nonfinite import kept_of, put_back
 from adafactor_compiled._plan import Entry, Plan, count_step, members_of, path_of, tables_of
 from adafactor_compiled._reference import step_parameter
 from adafactor_compiled.telemetry import Record
@@ -15,6 +16,7 @@ from adafactor_compiled.telemetry import Record
 
 def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> Record:
     """Step all entries in place; `compiles` says whether compiled parts run compiled."""
+    kept = kept_of(entries, plan)
     count_step(entries)
     tables = tables_of(entries)
     if exchanges:
@@ -30,7 +32,9 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
             _routes.step_compiled(part.shape_class, members, numbers)
         else:
             _routes.step_eager(members, numbers)
-    return Record([entry.param for entry in entries], tables, [entry.state["RMS"] for entry in entries], plan.update_rms)
+    skipped = put_back(kept)
+    params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
+    return Record(params, tables, rms, plan.update_rms, skipped)
 
 
 def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:

@@ -68,6 +68,8 @@ class Adafactor(Optimizer):
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that updates too small for their
             digits count on average; other dtypes are not affected.
         rounding_seed: seed of that rounding; the same seed, step and parameter draw the same everywhere.
+        nonfinite: "skip" leaves a parameter and its state as they are when its gradient has a NaN or inf, decided on the
+            device; it costs a copy of both. "propagate" steps with what is there.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
     Every argument but `params` and `show_progress` can be set for a parameter group.
@@ -130,6 +132,7 @@ class Adafactor(Optimizer):
         capturable: bool = False,
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
+        nonfinite: str = "propagate",
         show_progress: bool | None = None,
     ) -> None:
         _options.check_manual_lr(lr, relative_step)
@@ -149,6 +152,7 @@ class Adafactor(Optimizer):
             "capturable": capturable,
             "stochastic_rounding": stochastic_rounding,
             "rounding_seed": rounding_seed,
+            "nonfinite": nonfinite,
         }
         _options.check_options(defaults)
         if show_progress is not None:
@@ -198,6 +202,8 @@ class Adafactor(Optimizer):
             _placements.check_placements(tensor, index)
             if merged["stochastic_rounding"] and isinstance(tensor, DTensor):
                 raise ValueError(f"`stochastic_rounding` should be False for sharded parameters but is: True{where}")
+            if merged["nonfinite"] == "skip" and isinstance(tensor, DTensor):
+                raise ValueError(f"`nonfinite` should be 'propagate' for sharded parameters but is: 'skip'{where}")
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         _capturable.lr_to_tensor(group)

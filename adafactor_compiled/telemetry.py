@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ class Record(NamedTuple):
     tables: list[Tensor]  # their numbers
     rms: list[Tensor]  # of the parameter before the step
     update_rms: list[Tensor]
+    skipped: list[Tensor | None]  # whether for a gradient that was not finite; None where it could not be
 
 
 class GroupTelemetry(NamedTuple):
@@ -31,6 +32,7 @@ class GroupTelemetry(NamedTuple):
         param_rms: RMS of the parameter before the step.
         update_rms: RMS of the update before clipping and before the learning rate.
         clipped: share of the parameters whose update was clipped, from 0 to 1.
+        skipped: share of the parameters that were skipped for a NaN or inf, from 0 to 1.
     """
 
     parameters: int
@@ -38,15 +40,16 @@ class GroupTelemetry(NamedTuple):
     param_rms: float
     update_rms: float
     clipped: float
+    skipped: float
 
 
 def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTelemetry]:
     """Telemetry of each group; reads one small tensor for each device."""
-    last = {id(param): line for record in records for param, *line in zip(*record, strict=True)}
+    last: dict[int, Sequence[Any]] = {id(param): line for record in records for param, *line in zip(*record, strict=True)}
     # An empty parameter has no RMS.
     stepped = [[param for param in group["params"] if id(param) in last and param.numel()] for group in groups]
     chosen = [[last[id(param)] for param in params] for params in stepped]
-    values = [[float("nan")] * 4] * len(groups)
+    values = [[float("nan")] * 5] * len(groups)
     occupied = [i for i, lines in enumerate(chosen) if lines]
     devices = group_by_class(chosen[i][0][1].device for i in occupied)
     for of_device in devices.values():
@@ -57,11 +60,13 @@ def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTe
     return [GroupTelemetry(len(lines), *value) for lines, value in zip(chosen, values, strict=True)]
 
 
-def _means(lines: Sequence[Sequence[Tensor]]) -> Tensor:
-    tables, rms, update_rms = (torch.stack([x.detach().to(torch.float32) for x in field]) for field in zip(*lines, strict=True))
+def _means(lines: Sequence[Sequence[Any]]) -> Tensor:
+    *fields, flags = zip(*lines, strict=True)
+    tables, rms, update_rms = (torch.stack([x.detach().to(torch.float32) for x in field]) for field in fields)
     numbers = Numbers.of(tables)
     clipped = (update_rms > numbers.clip_threshold).to(torch.float32)
-    return torch.stack([step_size(numbers, rms), rms, update_rms, clipped]).mean(-1)
+    skipped = torch.stack([torch.zeros_like(r) if x is None else x.to(torch.float32) for x, r in zip(flags, rms, strict=True)])
+    return torch.stack([step_size(numbers, rms), rms, update_rms, clipped, skipped]).mean(-1)
 
 
 def flat(telemetry: Sequence[GroupTelemetry], prefix: str = "adafactor/") -> Mapping[str, float]:

@@ -1,6 +1,7 @@
 """Interruptions in the middle of a step: step counts stay true, the error says who was stepped, and the next step works."""
 
 import copy
+import math
 import sys
 
 import pytest
@@ -153,3 +154,52 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_parameter_alone(path, valu
     optimizer.step()
     spoiled = [not bool(torch.isfinite(p).all()) for p in params]
     assert spoiled == [True, False, False, True, False, False]
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("capturable", [False, True])
+def test_skip_leaves_a_parameter_and_its_state_untouched_and_steps_the_others(path, capturable):
+    """As if the spoiled gradients had not been there at all: the twin gets None in their place."""
+    options = {**PATHS[path], "beta1": 0.9, "weight_decay": 0.1, "capturable": capturable}
+    params, twins = parameters(), parameters()
+    optimizer, twin = Adafactor(params, nonfinite="skip", **options), Adafactor(twins, **options)
+    for step, spoiled in enumerate([(1,), (), (0, 3), (5,), ()]):
+        set_gradients(params, step)
+        set_gradients(twins, step)
+        for i in spoiled:
+            params[i].grad.view(-1)[-1] = (torch.nan, torch.inf, -torch.inf)[step % 3]
+            twins[i].grad = None
+        optimizer.step()
+        twin.step()
+        assert optimizer.telemetry()[0].skipped == pytest.approx(len(spoiled) / len(params))
+        assert math.isfinite(optimizer.telemetry()[0].update_rms)
+        for p, q in zip(params, twins, strict=True):
+            # One parameter alone may be summed in another order than several that are stacked.
+            torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
+    assert steps_of(optimizer, params) == steps_of(twin, twins) == [4, 4, 5, 4, 5, 4]
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_is_skipped_is_bit_equal(path):
+    params = parameters()
+    optimizer = Adafactor(params, nonfinite="skip", beta1=0.9, **PATHS[path])
+    set_gradients(params, 0)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()), [p.detach().clone() for p in params]
+    for p in params:
+        p.grad.fill_(torch.nan)
+    optimizer.step()
+    assert repr(optimizer.state_dict()) == repr(before[0])
+    assert all(torch.equal(p, q) for p, q in zip(params, before[1], strict=True))
+
+
+def test_skip_is_an_option_of_a_group():
+    params = parameters()
+    groups = [{"params": params[:2], "nonfinite": "skip"}, {"params": params[2:]}]
+    optimizer = Adafactor(groups, compile=False)
+    for p in params:
+        p.grad = torch.full_like(p, torch.nan)
+    optimizer.step()
+    assert [bool(torch.isfinite(p).all()) for p in params] == [True, True, False, False, False, False]
+    with pytest.raises(ValueError, match='`nonfinite` should be "propagate" or "skip" but is'):
+        Adafactor(parameters(), nonfinite="ignore")

@@ -89,7 +89,7 @@ def test_the_flat_dict():
     set_gradients(params, 0)
     optimizer.step()
     metrics = flat(optimizer.telemetry())
-    assert list(metrics) == [f"adafactor/{x}" for x in ("parameters", "lr", "param_rms", "update_rms", "clipped")]
+    assert list(metrics) == [f"adafactor/{x}" for x in ("parameters", "lr", "param_rms", "update_rms", "clipped", "skipped")]
     assert all(isinstance(value, (int, float)) for value in metrics.values())
     several = Adafactor([{"params": params[:2]}, {"params": params[2:]}], compile=False)
     assert "opt.group1/lr" in flat(several.telemetry(), prefix="opt.")
@@ -129,7 +129,7 @@ def test_it_costs_one_small_transfer_and_no_recompile():
     compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
     with Transfers() as transfers:
         optimizer.telemetry()
-    assert transfers.seen == [("tolist", 8)]  # four numbers for each of two groups
+    assert transfers.seen == [("tolist", 10)]  # five numbers for each of two groups
     optimizer.step()
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == compiled
 

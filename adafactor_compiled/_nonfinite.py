@@ -1,0 +1,43 @@
+"""`nonfinite="skip"`: a parameter whose gradient has a NaN or inf keeps its value and its state, step count included.
+
+The decision stays on the device. The step runs as always, and what it did to such a parameter is undone; that costs one copy of
+the parameters and the state of the groups with this option, and the same work whatever the gradients are.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._plan import Entry, Plan
+
+
+class Kept(NamedTuple):
+    """What a step may have to put back for one entry."""
+
+    finite: Tensor  # 0-dim bool: whether the gradient is
+    tensors: list[Tensor]
+    before: list[Tensor]
+
+
+def kept_of(entries: list[Entry], plan: Plan) -> list[Kept | None]:
+    """Copies for the entries whose group skips; None for the others."""
+    watched = zip(entries, plan.update_rms, strict=True)
+    return [_kept(entry, rms) if entry.group["nonfinite"] == "skip" else None for entry, rms in watched]
+
+
+def _kept(entry: Entry, update_rms: Tensor) -> Kept:
+    entry.state["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32, device=entry.param.device)
+    tensors = [entry.param, update_rms, *(x for x in entry.state.values() if isinstance(x, Tensor))]
+    return Kept(torch.isfinite(entry.grad).all(), tensors, [x.detach().clone() for x in tensors])
+
+
+def put_back(kept: list[Kept | None]) -> list[Tensor | None]:
+    """Undo the steps of gradients that were not finite; whether each entry was skipped, None where it could not be."""
+    for x in kept:
+        if x is not None:
+            for tensor, before in zip(x.tensors, x.before, strict=True):
+                tensor.copy_(torch.where(x.finite, tensor, before))
+    return [None if x is None else ~x.finite for x in kept]
