@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _sharded, _sharded_calls, _state
+from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _scheduled, _sharded, _sharded_calls, _state
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._faults import counts_kept_true
@@ -173,12 +173,10 @@ class Adafactor(Optimizer):
         self._records: dict[Tensor | None, Record] = {}
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # Torch's schedulers wrap `step` once they have noted each group's lr as its "initial_lr", and then multiply it.
-        if name == "step" and any(group.get("initial_lr", 0.0) is None for group in self.__dict__.get("param_groups", ())):
-            raise ValueError(
-                "a learning-rate scheduler needs a number but `lr` is: None; pass `lr=..., relative_step=False`, or "
-                "report the learning rate that the optimizer chooses with `AdafactorSchedule`"
-            )
+        if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
+            _scheduled.check_scheduler(self.param_groups)
+            if "step" not in self.__dict__:  # else someone has wrapped it already, who wants to be called
+                value = _scheduled.traceable_step(self)
         super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
