@@ -121,8 +121,8 @@ def tables_of(entries: list[Entry]) -> list[Tensor]:
     """The numbers of each entry, a vector on its device; made once for entries of one group at one step."""
     tables: list[Tensor] = [None] * len(entries)  # type: ignore[list-item]
     by_key = group_by_class(
-        (id(entry.group), compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
-        for entry in entries
+        (index, compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
+        for index, entry in zip(_group_indices(entries), entries, strict=True)
     )
     for (_, dtype, device, count), positions in by_key.items():
         first = entries[positions[0]]
@@ -134,6 +134,16 @@ def tables_of(entries: list[Entry]) -> list[Tensor]:
         for i, row in zip(positions, rows, strict=True):
             tables[i] = row
     return tables
+
+
+def _group_indices(entries: list[Entry]) -> list[int]:
+    """The number of each entry's group. Its `id` would be guarded by an outer graph, and load_state_dict makes new groups."""
+    indices, index, last = [], -1, None
+    for entry in entries:
+        if entry.group is not last:
+            index, last = index + 1, entry.group
+        indices.append(index)
+    return indices
 
 
 def _count(step: int | Tensor) -> int | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
-import weakref
-from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
+import torch
 from torch.optim import Optimizer
 
 
@@ -19,18 +18,20 @@ def check_scheduler(groups: list[dict[str, Any]]) -> None:
         )
 
 
-def traceable_step(optimizer: Optimizer) -> Callable[..., Any]:
+def _step(optimizer: Any, *args: Any, **kwargs: Any) -> Any:
+    if not torch.compiler.is_compiling():
+        optimizer._opt_called = True
+    return type(optimizer).step(optimizer, *args, **kwargs)
+
+
+_step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def traceable_step(optimizer: Optimizer) -> MethodType:
     """`optimizer.step` with a note that it was called, as schedulers wrap it.
 
     Their own wrapper lies in a file that Dynamo refuses to trace: the optimizer of a compiled loop could not have a scheduler.
     """
-    reference = weakref.ref(optimizer)  # as theirs: an optimizer that refers to itself is freed late
-
-    @functools.wraps(type(optimizer).step)
-    def step(*args: Any, **kwargs: Any) -> Any:
-        stepped: Any = reference()
-        stepped._opt_called = True
-        return type(stepped).step(stepped, *args, **kwargs)
-
-    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
-    return step
+    # A traced step loses the note (torch 2.13): where steps are likely to be traced it is made here, once.
+    optimizer._opt_called = any(group["capturable"] for group in optimizer.param_groups)  # type: ignore[attr-defined]
+    return MethodType(_step, optimizer)

@@ -273,12 +273,12 @@ class Adafactor(Optimizer):
         else:
             plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
         compiles = self._compiles(plan, entries, alone)
-        if alone is None:
-            self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
-        exchanges = self._exchanges if alone is None else ()
         if torch.compiler.is_compiling():
-            run(plan, entries, exchanges, compiles)
+            run(plan, entries, _sharded.exchanges_of(self.param_groups, ()), compiles)
         else:
+            if alone is None:
+                self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
+            exchanges = self._exchanges if alone is None else ()
             with nullcontext() if scaling is None else scaling.undone_if_overflowed(entries), counts_kept_true(entries):
                 self._records[alone] = run(plan, entries, exchanges, compiles)
 

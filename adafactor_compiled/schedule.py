@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
@@ -53,6 +54,8 @@ class AdafactorSchedule(LambdaLR):
     def _report(self, optimizer: Any, group: dict[str, Any]) -> Any:
         for param in group["params"]:
             state = optimizer.state.get(param)
+            if state and isinstance(state["step"], Tensor):  # reading the step count would wait for the device
+                return torch.where(state["step"] > 0, optimizer._get_lr(group, state), self.initial_lr)
             if state and state["step"] > 0:
                 return optimizer._get_lr(group, state)
         return self.initial_lr
