@@ -18,6 +18,8 @@ import torch
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
 
+from adafactor_compiled._ranges import profiled, range_of_pass
+
 Graph = Callable[..., Any]
 
 
@@ -25,6 +27,7 @@ class Direct:
     """A pass over plain tensors, compiled by `compile`, that returns None or a named tuple of tensors."""
 
     def __init__(self, function: Callable[..., Any], compile: Callable[[Callable[..., Any]], Graph], options: dict[str, Any]):
+        self._name = function.__name__
         self._parameters = list(inspect.signature(function).parameters)
         self._options = options
         self._checked = compile(self._backend)
@@ -35,6 +38,9 @@ class Direct:
         threads = torch.get_num_threads()
         graph = self._graphs.get(threads)
         if graph is not None:
+            if profiled():
+                with range_of_pass(self._name):
+                    return graph(*arguments)
             return graph(*arguments)
         self._reached = None
         result = self._checked(*arguments)

@@ -9,7 +9,8 @@ from torch import Tensor
 from adafactor_compiled import _routes, _sharded
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._nonfinite import kept_of, put_back
-from adafactor_compiled._plan import Entry, Plan, count_step, members_of, path_of, tables_of
+from adafactor_compiled._plan import Entry, Part, Plan, count_step, members_of, path_of, tables_of
+from adafactor_compiled._ranges import range_of_class
 from adafactor_compiled._reference import step_parameter
 from adafactor_compiled.telemetry import Record
 
@@ -24,17 +25,22 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     for part in plan.parts:
         if part.path == "sharded":
             continue
-        members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
-        if part.path == "reference":
-            for number, i in enumerate(part.positions):
-                step_parameter(*entries[i][1:], plan.update_rms[i], members.draws[number] if members.draws else None)
-        elif part.path == "compiled" and compiles:
-            _routes.step_compiled(part.shape_class, members, numbers)
-        else:
-            _routes.step_eager(members, numbers)
+        with range_of_class(part.shape_class, part.path, len(part.positions)):
+            _run_part(part, plan, entries, tables, compiles)
     skipped = put_back(kept)
     params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
     return Record(params, tables, rms, plan.update_rms, skipped)
+
+
+def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: list[Tensor], compiles: bool) -> None:
+    members, numbers = members_of(part, entries, plan.update_rms), [tables[i] for i in part.positions]
+    if part.path == "reference":
+        for number, i in enumerate(part.positions):
+            step_parameter(*entries[i][1:], plan.update_rms[i], members.draws[number] if members.draws else None)
+    elif part.path == "compiled" and compiles:
+        _routes.step_compiled(part.shape_class, members, numbers)
+    else:
+        _routes.step_eager(members, numbers)
 
 
 def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:

@@ -132,7 +132,7 @@ def draw(result: dict[str, Any]) -> Any:
                 fixed = f"fixed {found['fixed_ms'] * 1e3:.0f} us"
                 ax.plot(grid, line, color=color_of(name), linewidth=1, alpha=0.7, label=f"    {fixed}, then linear")
         ax.set(xscale="log", yscale="log", xlabel=SWEEPS[sweep], ylabel="ms of a step")
-        ax.legend(fontsize=8)
+        ax.legend(fontsize=8, loc="upper left")
     axes[0].set_title("One matrix of growing size")
     axes[1].set_title("A growing number of small matrices")
     return figure

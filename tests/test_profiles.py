@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from adafactor_compiled import Adafactor
+
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ROOT / "profiles"
 NO_PROFILE = "train_fsdp.py"  # a script of the README, which measures nothing; tests/distributed runs it
@@ -42,6 +44,12 @@ class TestCompare:
         assert list(timings) == ["a", "b"]
         for timing in timings.values():
             assert 0 < timing.low <= timing.median <= timing.high
+
+    def test_slow_contenders_take_part_in_some_rounds(self, shared):
+        calls = []
+        steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+        shared.compare(steps, rounds=4, warm_up=0, every={"b": 3})
+        assert "".join(calls) == "abaaab"
 
     def test_collection_is_on_again_after_an_error(self, shared):
         import gc
@@ -149,3 +157,34 @@ def test_main_job_is_deterministic(tmp_path):
     compiled, reference = first["Adafactor, compiled"], first["Adafactor, reference path"]
     assert compiled["losses"] == pytest.approx(reference["losses"], rel=1e-4)
     assert compiled["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
+
+
+def test_a_profiler_sees_the_classes_of_a_step():
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (4, 3), (5,))]
+    for param in params:
+        param.grad = torch.ones_like(param)
+    optimizer = Adafactor(params, compile=False)
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+        optimizer.step()
+    named = sorted(event.name for event in profiler.events() if event.name.startswith("Adafactor class: "))
+    assert named == ["Adafactor class: 1 x 5 float32 multi_tensor", "Adafactor class: 2 x 4x3 float32 multi_tensor"]
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["step_time.py", "--contenders", "multi-tensor", "adamw-fused", "transformers"],
+        ["memory.py", "--contenders", "multi-tensor", "adamw-fused"],
+        ["scaling.py", "--rounds", "1", "--contenders", "multi-tensor", "adamw-fused"],
+    ],
+    ids=lambda command: command[0],
+)
+def test_quick_run_writes_a_result_and_a_picture_that_can_be_redrawn(command, tmp_path):
+    name = command[0].removesuffix(".py")
+    run(PROFILES / command[0], *command[1:], "--quick", "--results", tmp_path)
+    assert (tmp_path / f"{name}.png").stat().st_size > 10_000
+    assert json.loads((tmp_path / f"{name}.json").read_text(encoding="utf-8"))["profile"] == name
+    (tmp_path / f"{name}.png").unlink()
+    printed = run(PROFILES / command[0], "--redraw", "--results", tmp_path)
+    assert "Adafactor, multi-tensor" in printed.stdout
+    assert (tmp_path / f"{name}.png").exists()

@@ -15,13 +15,14 @@ A profile whose table and picture are made from its JSON alone leaves the order 
 `write_result` adds the machine: versions, processor, threads, commit. Timings and dtypes may be anywhere in what it is given.
 """
 
-from _shared.figures import color_of, figures, save_figure
+from _shared.figures import COLORS, color_of, figures, save_figure
 from _shared.profile import run_profile
 from _shared.records import RESULTS, machine, read_result, write_result
 from _shared.terminal import ProgressLine, markdown_table, parser
 from _shared.timing import Timing, compare, timing_of
 
 __all__ = [
+    "COLORS",
     "RESULTS",
     "ProgressLine",
     "Timing",
