@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._rounding import along, write
+from adafactor_compiled._rounding import along, bits_of_matrix, write
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -104,7 +104,7 @@ def apply(
     numbers = Numbers.of(table)
     row_mean = f.row_mean.reshape(f.row_mean.shape + (1,) * (row.ndim - f.row_mean.ndim))
     col_factor = f.col_factor.reshape(f.col_factor.shape[:-1] + (1,) * (g.ndim - f.col_factor.ndim) + g.shape[-1:])
-    row_factor = materialize((row_mean / row).sqrt() * f.scale).unsqueeze(-1)
+    row_factor = materialize(row_mean.sqrt() * row.rsqrt() * f.scale).unsqueeze(-1)
     update = g.to(table.dtype) * row_factor * col_factor
     if exp_avg is not None:
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
@@ -135,3 +135,42 @@ def step_matrix(
     sums = statistics(p, g, row, table)
     f = factors(sums, col, rms, update_rms, table, g.shape[-3] * g.shape[-2], g.numel())
     apply(p, g, row, exp_avg, f, table, draws)
+
+
+def step_elementwise(
+    p: Tensor,
+    g: Tensor,
+    second_moment: Tensor,
+    twin: Tensor | None,
+    exp_avg: Tensor | None,
+    rms: Tensor,
+    update_rms: Tensor,
+    table: Tensor,
+    draws: Tensor | None = None,
+) -> None:
+    """A whole step of a parameter that is not factored, shape [m, n]: as a vector, cut into rows for its sums alone.
+
+    `twin`, if any, is a second copy of the second moment: the parameter is then m * n slices of one element.
+    """
+    numbers = Numbers.of(table)
+    squared = g.to(table.dtype).square()
+    new = materialize(second_moment * numbers.beta2 + (squared + numbers.eps) * numbers.one_minus_beta2)
+    update_sq = _sum_twice(squared / new)  # rather than of g / sqrt(new): a square root less
+    new_rms = (_sum_twice(p.to(table.dtype).square()) / p.numel()).sqrt()
+    new_update_rms = (update_sq / p.numel()).sqrt()
+    alpha = step_size(numbers, new_rms)
+    scale = materialize(numbers.sign * alpha / clip_divisor(numbers, new_update_rms))
+    decay = materialize(numbers.weight_decay * alpha)
+    update = g.to(table.dtype) * (new.rsqrt() * scale)
+    if exp_avg is not None:
+        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
+        exp_avg.copy_(update)
+    wide_p = p.to(table.dtype)
+    elements = (p.numel(), 1, 1) if twin is not None else (p.numel(),)
+    bits = None if draws is None else bits_of_matrix(draws, elements).reshape(p.shape)
+    write(p, wide_p - (wide_p * decay + update), bits)
+    second_moment.copy_(new)
+    if twin is not None:
+        twin.copy_(new)
+    rms.copy_(new_rms)
+    update_rms.copy_(new_update_rms)

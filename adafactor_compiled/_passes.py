@@ -97,16 +97,6 @@ class Stacked(NamedTuple):
     draws: Tensor | None = None  # [k, 6]
 
 
-def one_vector(members: Members, i: int) -> Stacked:
-    """The i-th vector alone, where it lies."""
-    params, grads, exp_avg_sqs, rms, update_rms = (
-        x[i].view(1, -1) for x in (members.params, members.grads, members.exp_avg_sqs, members.rms, members.update_rms)
-    )
-    exp_avgs = members.exp_avgs[i].view(1, -1) if members.exp_avgs else None
-    draws = members.draws[i].view(1, -1) if members.draws else None
-    return Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms, draws)
-
-
 def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
     """Run `step` on the stacked vectors of a class and put the results back."""
     stacked = stacked_of(members)

@@ -8,19 +8,21 @@
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _depth_first
+from adafactor_compiled import _blocked, _depth_first, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Members, Runner, one_vector, step_class, step_stacked, with_stacked
+from adafactor_compiled._passes import Members, Runner, step_class, step_stacked, with_stacked
 from adafactor_compiled._rounding import SWAPPED
-from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride
+from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
+ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
 STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one
 
 
@@ -67,6 +69,10 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
         step_breadth_first(members, tables, run)
     elif layout == "vector":
         _step_vectors(shape_class.numel, members, tables, run)
+    elif layout == "pointwise":  # 1 x 1 kernels: row and column are the same whole second moment
+        _step_elementwise(shape_class.numel, members, members.cols, members.rows, tables, run)
+    elif layout == "kernels":
+        _step_kernels(shape_class, members, tables, run)
     elif layout == "contiguous":
         _depth_first.step_members(shape_class.shape, members, tables, run)
     else:
@@ -80,12 +86,16 @@ def _layout_of(shape_class: ShapeClass) -> str | None:
         return None
     if not shape_class.factored:
         return "vector"
-    if shape_class.stride != shape_class.grad_stride or 1 in shape_class.shape[-2:]:
-        return None
-    if shape_class.stride == contiguous_stride(shape_class.shape):
-        return "contiguous"
+    shape, strides = shape_class.shape, (shape_class.stride, shape_class.grad_stride)
+    contiguous = contiguous_stride(shape)
     *lead, columns, rows = contiguous_stride(_transposed_shape(shape_class))
-    return "transposed" if shape_class.stride == (*lead, rows, columns) else None
+    if all(same_layout(shape, stride, contiguous) for stride in strides):
+        if shape_class.numel // math.prod(shape[-2:]) > 1 and math.prod(shape[-2:]) <= _unrolled.MOST:
+            return "pointwise" if shape[-2:] == (1, 1) else "kernels"
+        return None if 1 in shape[-2:] else "contiguous"
+    if all(same_layout(shape, stride, (*lead, rows, columns)) for stride in strides):
+        return None if 1 in shape[-2:] else "transposed"
+    return None
 
 
 def _transposed_shape(shape_class: ShapeClass) -> tuple[int, ...]:
@@ -105,11 +115,44 @@ def _transposed(members: Members) -> Members:
     )
 
 
+def _step_kernels(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
+    *lead, rows, columns = shape_class.shape
+    n, variant = math.prod(lead), (rows, columns)
+    for i, table in enumerate(tables):
+        p, g = members.params[i].view(n, *variant), members.grads[i].view(n, *variant)
+        row, col = members.rows[i].view(n, rows), members.cols[i].view(n, columns)
+        exp_avg = members.exp_avgs[i].view(n, -1) if members.exp_avgs else None
+        factors = run(_unrolled.kernel_factors, variant, p, g, row, col, table)
+        rms, update_rms = members.rms[i].view(1), members.update_rms[i].view(1)
+        draws = members.draws[i] if members.draws else None
+        run(_unrolled.apply_kernels, variant, p.view(n, -1), g.view(n, -1), exp_avg, rms, update_rms, factors, table, draws)
+
+
+def _step_elementwise(
+    numel: int, members: Members, second_moments: list[Tensor], twins: list[Tensor], tables: list[Tensor], run: Runner
+) -> None:
+    """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
+    columns = next(d for d in range(min(numel, ROW_NUMEL), 0, -1) if numel % d == 0)
+    shape = (numel // columns, columns) if columns > 1 else (1, numel)
+    for i, table in enumerate(tables):
+        run(
+            _blocked.step_elementwise,
+            (bool(twins), *size_variant(*shape)),
+            members.params[i].view(shape),
+            members.grads[i].view(shape),
+            second_moments[i].view(shape),
+            twins[i].view(shape) if twins else None,
+            members.exp_avgs[i].view(shape) if members.exp_avgs else None,
+            members.rms[i].view(1),
+            members.update_rms[i].view(1),
+            table,
+            members.draws[i] if members.draws else None,
+        )
+
+
 def _step_vectors(numel: int, members: Members, tables: list[Tensor], run: Runner) -> None:
     if numel > STACK_NUMEL:
-        for i, table in enumerate(tables):
-            run(step_stacked, size_variant(1, numel), one_vector(members, i), table.unsqueeze(0))
-        return
+        return _step_elementwise(numel, members, members.exp_avg_sqs, [], tables, run)
     if len(tables) == 1:  # k = 1 would be another graph than k > 1: step the one twice, side by side
         members, tables = Members(*(x * 2 for x in members)), tables * 2
     table = torch.stack(tables)

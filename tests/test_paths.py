@@ -100,7 +100,7 @@ FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat
 
 
 def problem_of(*shapes: tuple[int, ...], dtype: torch.dtype = FLOAT32, layout: str = "contiguous", **options: Any) -> Problem:
-    pattern = ("normal", "normal", "zero_column")
+    pattern = ("zero_column", "normal", "normal")  # first, where the column has no second moment yet
     parameters = tuple(Parameter(shape, dtype, layout, dtype, pattern) for shape in shapes)
     return Problem((Group(options or PLAIN, parameters),), seed=1)
 
