@@ -110,6 +110,7 @@ FIXED = {
     "whole matrix, many blocks": problem_of((96, 1024), (128, 1024)),
     "whole matrix, one block": problem_of((24, 40), (13, 7), (2, 2)),
     "whole matrix, a prime number of rows": problem_of((61, 1024)),
+    "kernels of convolutions": problem_of((16, 8, 3, 3), (8, 4, 2, 4), (16, 8, 1, 1), beta1=0.9, weight_decay=0.01),
     "leading slices": problem_of((8, 4, 3, 3), (2, 96, 1024), (5, 7, 2)),
     "more than 4096 columns": problem_of((16, 5000)),
     "chunks of rows with a tail": problem_of((4101, 1030)),
