@@ -80,7 +80,7 @@ def main() -> None:
     torch._dynamo.config.trace_autograd_ops = True
     torch.manual_seed(SEED)
     text, _, alphabet = english()
-    model = CharacterTransformer(len(alphabet), **({"width": 16, "depth": 1} if options.quick else {"depth": 2}))
+    model = CharacterTransformer(len(alphabet), **({"width": 16, "depth": 1} if options.quick else {"depth": 1}))
     (batch,) = batches(text, 1, BATCH, CONTEXT, SEED)
     names = [NONE, "Adafactor, compiled"] if options.quick else list(CONTENDERS)
 
