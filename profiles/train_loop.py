@@ -56,8 +56,8 @@ def training_step(model: Any, loss_of: Callable[..., Tensor], optimizer: Any) ->
         loss.backward()
         if optimizer is not None:
             optimizer.step()
-        for param in params:
-            param.grad = None
+            for param in params:
+                param.grad = None
         return loss.detach()
 
     return step
@@ -68,8 +68,21 @@ def contender(name: str, model: nn.Module, compiled: bool) -> Callable[[Tensor, 
     eager, in_graph, traceable = CONTENDERS[name]
     optimizer = (in_graph if compiled else eager)(model.parameters())
     loss_of: Any = model.loss
-    if not compiled:
+    if not compiled and optimizer is not None:
         return training_step(model, loss_of, optimizer)
+    if optimizer is None:
+        # Gradients that the graph itself drops would be dead code, and the backward pass with them.
+        keeping, params = training_step(model, loss_of, None), list(model.parameters())
+        if compiled:
+            keeping = torch.compile(keeping, isolate_recompiles=True)
+
+        def step(x: Tensor, y: Tensor) -> Tensor:
+            loss = keeping(x, y)
+            for param in params:
+                param.grad = None
+            return loss
+
+        return step
     if traceable:
         return torch.compile(training_step(model, loss_of, optimizer), isolate_recompiles=True)
     return training_step(model, torch.compile(loss_of), optimizer)
