@@ -1,9 +1,9 @@
 """Where the time of one compiled step goes, by shape class and pass, and how far each class is from the machine's bandwidth.
 
 The steps run under torch's profiler, in which the package names its shape classes and compiled passes. The bytes that a class
-must move (parameter and gradient read twice, parameter written, vectors and momentum read and written) over its time stand
-beside what the machine reaches in a copy and in a read. A matrix that fits in the last cache is read from memory once and the
-second time from there, so that it may exceed the memory's bandwidth.
+must move (of a matrix, parameter and gradient read twice and the parameter written; of a vector, read once and written; state
+read and written) over its time stand beside what the machine reaches in a copy and in a read. A matrix that fits in the last
+cache is read from memory once and the second time from there, so that it may exceed the memory's bandwidth.
 
 The last step is also written as a trace, NAME.trace.json.gz, for https://ui.perfetto.dev or chrome://tracing.
 """
@@ -50,18 +50,19 @@ def bandwidth(rounds: int) -> dict[str, float]:
     return result
 
 
-def bytes_of_element(row: Row, factored: bool) -> int:
-    """What a step must move for an element: see the description of this script."""
-    size = row.dtype.itemsize
-    moved = 5 * size if factored else 3 * size + 8
-    return moved + (8 if row.beta1 is not None else 0)
-
-
-def numel_of(name: str) -> tuple[int, bool]:
-    """Elements and whether the class is factored, of a range "Adafactor class: 12 x 768x3072 float32 compiled"."""
-    members, _, shape, *_ = name.removeprefix(CLASS).split()
-    sizes = [] if shape == "scalar" else [int(size) for size in shape.split("x")]
-    return int(members) * math.prod(sizes), len(sizes) >= 2
+def bytes_of_class(name: str, row: Row) -> int:
+    """What a step must move for a range "Adafactor class: 12 x 768x3072 float32 compiled": see the description of this script."""
+    members, _, text, *_ = name.removeprefix(CLASS).split()
+    shape = [] if text == "scalar" else [int(size) for size in text.split("x")]
+    numel, state_size = math.prod(shape), 4  # the lists' state is float32
+    if len(shape) >= 2:
+        moved = 5 * numel * row.dtype.itemsize
+        second_moments = numel // shape[-1] + numel // shape[-2]
+    else:
+        moved = 3 * numel * row.dtype.itemsize
+        second_moments = numel
+    momentum = numel if row.beta1 is not None else 0
+    return int(members) * (moved + 2 * state_size * (second_moments + momentum))
 
 
 def times_of_step(events: list[FunctionEvent]) -> dict[str, dict[str, float]]:
@@ -107,9 +108,8 @@ def measure_row(name: str, row: Row, rounds: int, directory: Path) -> dict[str, 
         steps.append(times_of_step(list(profiler.events())))
     classes = {}
     for key, passes in steps[0].items():
-        numel, factored = (0, False) if key == OUTSIDE else numel_of(key)
         ms = {name: statistics.median(step[key].get(name, 0.0) for step in steps) for name in passes}
-        moved = numel * bytes_of_element(row, factored)
+        moved = 0 if key == OUTSIDE else bytes_of_class(key, row)
         classes[key.removeprefix(CLASS)] = {"ms": sum(ms.values()), "passes_ms": ms, "bytes": moved}
     trace = export(profiler, directory / f"{name}.trace.json.gz")
     print(f"{row.title}: {plain} a step; wrote {trace}, {trace.stat().st_size / 1e3:.0f} KB", flush=True)
