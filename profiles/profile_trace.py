@@ -51,7 +51,7 @@ def bandwidth(rounds: int) -> dict[str, float]:
 
 
 def bytes_of_class(name: str, row: Row) -> int:
-    """What a step must move for a range "Adafactor class: 12 x 768x3072 float32 compiled": see the description of this script."""
+    """What a step must move for a range "Adafactor class: 12 x 768x3072 float32 compiled": see the top of this script."""
     members, _, text, *_ = name.removeprefix(CLASS).split()
     shape = [] if text == "scalar" else [int(size) for size in text.split("x")]
     numel, state_size = math.prod(shape), 4  # the lists' state is float32
