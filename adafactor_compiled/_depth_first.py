@@ -85,18 +85,24 @@ def step_members(shape: tuple[int, ...], members: Members, tables: list[Tensor],
         step(blocking, matrix, table, run)
 
 
-def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
+@functools.cache
+def _whole_of(blocking: Blocking) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shape in which a member is stepped in one call, and what its graph depends on."""
     slices, rows, columns, block, _ = blocking
-    lead = () if slices == 1 else (slices,)
-    blocks = (*lead, rows // block, block)
+    shape = (*(() if slices == 1 else (slices,)), rows // block, block, columns)
+    return shape, size_variant(*shape)
+
+
+def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
+    shape, variant = _whole_of(blocking)
     run(
         _blocked.step_matrix,
-        size_variant(*blocks, columns),
-        x.p.view(*blocks, columns),
-        x.g.view(*blocks, columns),
-        x.row.view(blocks),
-        x.col.view(*lead, columns),
-        None if x.exp_avg is None else x.exp_avg.view(*blocks, columns),
+        variant,
+        x.p.view(shape),
+        x.g.view(shape),
+        x.row.view(shape[:-1]),
+        x.col.view(shape[:-3] + shape[-1:]),
+        None if x.exp_avg is None else x.exp_avg.view(shape),
         x.rms,
         x.update_rms,
         table,

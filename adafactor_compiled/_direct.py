@@ -28,7 +28,8 @@ class Direct:
 
     def __init__(self, function: Callable[..., Any], compile: Callable[[Callable[..., Any]], Graph], options: dict[str, Any]):
         self._name = function.__name__
-        self._parameters = list(inspect.signature(function).parameters)
+        parameters = inspect.signature(function).parameters.values()
+        self._parameters = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in parameters]
         self._options = options
         self._checked = compile(self._backend)
         self._graphs: dict[int, Graph] = {}  # by the number of threads, which a graph contains

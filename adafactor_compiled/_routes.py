@@ -23,7 +23,8 @@ from adafactor_compiled._rounding import SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
-STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one
+STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one,
+STACK_LEAST = 4  # where there are so many of them
 
 
 def step_eager(members: Members, tables: list[Tensor]) -> None:
@@ -34,8 +35,13 @@ def step_eager(members: Members, tables: list[Tensor]) -> None:
 def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
     """Step a class with compiled calls."""
 
+    known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members: 3 us less a call
+
     def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
-        return compiled(_pass_of(shape_class, function, variant))(*arguments)
+        call = known.get((function, variant))
+        if call is None:
+            call = known[function, variant] = compiled(_pass_of(shape_class, function, variant))
+        return call(*arguments)
 
     _step(shape_class, members, tables, run)
 
@@ -48,12 +54,19 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
         calls.append(Call(_pass_of(shape_class, function, variant), arguments))
         return function(*arguments)
 
-    # Breadth-first calls differ by their number of members: any power of two up to k may be needed.
-    for size in [1 << i for i in range(k.bit_length())] if shape_class.device.type != "cpu" else [1]:
+    # Calls differ by their number of members, and any number up to k may have a gradient.
+    for size in _member_counts(shape_class, k):
         members = _on_meta(shape_class, size)
         table = torch.empty(len(Numbers._fields), dtype=members.rms[0].dtype, device="meta")
         _step(shape_class, members, [table] * size, run)
     return calls
+
+
+def _member_counts(shape_class: ShapeClass, k: int) -> list[int]:
+    """Numbers of members that, together, make every call that any number of them, on CUDA up to k, can make."""
+    if shape_class.device.type != "cpu":
+        return [1 << i for i in range(k.bit_length())]
+    return [1] if shape_class.factored else [1, STACK_LEAST]
 
 
 def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
@@ -128,12 +141,18 @@ def _step_kernels(shape_class: ShapeClass, members: Members, tables: list[Tensor
         run(_unrolled.apply_kernels, variant, p.view(n, -1), g.view(n, -1), exp_avg, rms, update_rms, factors, table, draws)
 
 
+@functools.cache
+def _rows_of(numel: int) -> tuple[int, int]:
+    """A vector cut into the longest equal rows that are summed in one go; a prime number of elements stays one row."""
+    columns = next(d for d in range(min(numel, ROW_NUMEL), 0, -1) if numel % d == 0)
+    return (numel // columns, columns) if columns > 1 else (1, numel)
+
+
 def _step_elementwise(
     numel: int, members: Members, second_moments: list[Tensor], twins: list[Tensor], tables: list[Tensor], run: Runner
 ) -> None:
     """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
-    columns = next(d for d in range(min(numel, ROW_NUMEL), 0, -1) if numel % d == 0)
-    shape = (numel // columns, columns) if columns > 1 else (1, numel)
+    shape = _rows_of(numel)
     for i, table in enumerate(tables):
         run(
             _blocked.step_elementwise,
@@ -151,10 +170,8 @@ def _step_elementwise(
 
 
 def _step_vectors(numel: int, members: Members, tables: list[Tensor], run: Runner) -> None:
-    if numel > STACK_NUMEL:
+    if numel > STACK_NUMEL or len(tables) < STACK_LEAST:
         return _step_elementwise(numel, members, members.exp_avg_sqs, [], tables, run)
-    if len(tables) == 1:  # k = 1 would be another graph than k > 1: step the one twice, side by side
-        members, tables = Members(*(x * 2 for x in members)), tables * 2
     table = torch.stack(tables)
     with_stacked(members, lambda stacked: run(step_stacked, size_variant(2, numel), stacked, table))
 

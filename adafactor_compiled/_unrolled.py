@@ -28,7 +28,9 @@ class KernelFactors(NamedTuple):
 def kernel_factors(p: Tensor, g: Tensor, row: Tensor, col: Tensor, table: Tensor) -> KernelFactors:
     """First reads of p and g, shape [N, R, C], N dynamic; brings `row`, [N, R], and `col`, [N, C], up to date."""
     numbers = Numbers.of(table)
-    _, rows, columns = g.shape
+    rows, columns = (_static(size) for size in g.shape[1:])
+    for size in (*p.shape[1:], *row.shape[1:], *col.shape[1:]):
+        _static(size)  # strides of a number that is not known take three times as long
     squared = [[g[:, i, j].to(table.dtype).square() for j in range(columns)] for i in range(rows)]
     new_row = [_average(row[:, i], _mean(squared[i]), numbers) for i in range(rows)]
     new_col = [_average(col[:, j], _mean([squared[i][j] for i in range(rows)]), numbers) for j in range(columns)]

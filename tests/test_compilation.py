@@ -97,8 +97,8 @@ def test_graphs_do_not_grow_with_depth() -> None:
                 optimizer.step()
             counts.append(graphs() - before)
     assert len(set(counts)) == 1, f"{counts} graphs for 1, 2 and 12 layers: {LOOK_AT.format(new=counts[-1] - counts[0])}"
-    # Matrices of one block or of several, and vectors: few graphs serve all shapes.
-    assert 1 <= counts[0] <= 3, counts
+    # Matrices of one block or of several, vectors stacked or one by one: few graphs serve all shapes.
+    assert 1 <= counts[0] <= 4, counts
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -108,7 +108,7 @@ def test_one_set_of_graphs_serves_every_width() -> None:
     before = graphs()
     set_gradients(params, 0)
     optimizer.step()
-    assert 1 <= graphs() - before <= 2, LOOK_AT.format(new=graphs() - before)
+    assert 1 <= graphs() - before <= 3, LOOK_AT.format(new=graphs() - before)
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -203,7 +203,7 @@ def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monke
     assert bool(text) == shown
     if shown:
         assert "compiling Adafactor [" in text
-        assert "0/2" in text
+        assert "0/3" in text  # a matrix, and vectors stacked or one by one
         assert text.endswith("\r\x1b[K")  # the bar vanishes
     with monkeypatch.context() as patch:  # nothing is left to compile, nothing to show
         patch.setattr(sys, "stderr", again := Terminal())
