@@ -8,12 +8,11 @@ from collections.abc import Callable, Hashable, Sequence
 from typing import Any, NamedTuple
 
 import torch
-import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.utils._pytree import tree_map_only
 
-from adafactor_compiled._direct import Direct
+from adafactor_compiled._direct import Direct, example_of, independent_sizes
 from adafactor_compiled._progress import progress
 from adafactor_compiled._unrolled import kernel_factors
 
@@ -32,8 +31,6 @@ OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {
     # Its loads are strided, and Inductor would rather not use vectors at all: 3 x 3 kernels take a third of the time with them.
     kernel_factors: {"cpp.enable_tiling_heuristics": False},
 }
-
-EXAMPLE_SIZE = 4096  # the most elements that Inductor sums in one plain loop: no example is larger in any dimension
 
 
 class Pass(NamedTuple):
@@ -83,18 +80,10 @@ def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool 
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     for call in progress(missing, "compiling Adafactor", show_progress):
         start = time.perf_counter()
-        arguments = tree_map_only(Tensor, functools.partial(_example_of, device=device), call.arguments)
-        # Sizes that happen to be equal in this call stay independent in the graph.
-        with symbolic_shapes_config.patch(use_duck_shape=False):  # type: ignore[attr-defined]
-            compiled(call.key)(*arguments)
+        make = example_of if device.type == "cpu" else functools.partial(torch.zeros_like, device=device)
+        with independent_sizes():
+            compiled(call.key)(*tree_map_only(Tensor, make, call.arguments))
         _ready[call.key] = time.perf_counter() - start
-
-
-def _example_of(x: Tensor, device: torch.device) -> Tensor:
-    """Zeros laid out as `x`, on the CPU no larger than its graph needs."""
-    if device.type != "cpu":
-        return torch.zeros_like(x, device=device)
-    return torch.zeros([min(size, EXAMPLE_SIZE) for size in x.shape], dtype=x.dtype, device=device)
 
 
 def toolchain_failure(error: BaseException) -> str | None:

@@ -4,7 +4,9 @@ A call through Dynamo costs 35 us, half of it to establish what a `Pass` and the
 layouts and which sizes are 1. For a small matrix that is more than its step. So only the first call goes through Dynamo; the
 graph that it ends in, whose sizes are dynamic, is called directly from then on: 18 us.
 
-A guard that a size is at most 4,096 goes with them, on purpose: for longer sums Inductor would use another, slower form.
+Without guards a graph must hold for all arguments that its `Pass` allows. It is therefore made from examples, never from a step's
+own tensors, whose sizes may happen to be equal: Dynamo would take them for one size. A guard that a size is at most 4,096
+goes with the others, on purpose: for longer sums Inductor would use another, slower form.
 """
 
 from __future__ import annotations
@@ -15,12 +17,26 @@ from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
+import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
+from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled._ranges import profiled, range_of_pass
 
 Graph = Callable[..., Any]
+
+EXAMPLE_SIZE = 4096  # the most elements that Inductor sums in one plain loop: no example is larger in any dimension
+
+
+def example_of(x: Tensor) -> Tensor:
+    """Zeros of the dtype and rank of `x`, no larger than its graph needs; on the CPU, also for a tensor on the meta device."""
+    return torch.zeros([min(size, EXAMPLE_SIZE) for size in x.shape], dtype=x.dtype)
+
+
+def independent_sizes() -> Any:
+    """Within it, sizes that happen to be equal in a first call stay independent in the graph."""
+    return symbolic_shapes_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 class Direct:
@@ -36,19 +52,24 @@ class Direct:
         self._reached: tuple[Graph, Callable[..., Any], Sequence[Tensor]] | None = None
 
     def __call__(self, *arguments: Any) -> Any:
-        threads = torch.get_num_threads()
-        graph = self._graphs.get(threads)
-        if graph is not None:
-            if profiled():
-                with range_of_pass(self._name):
-                    return graph(*arguments)
-            return graph(*arguments)
+        graph = self._graphs.get(torch.get_num_threads())
+        if graph is None:
+            graph = self._compiled(tree_map_only(Tensor, example_of, arguments))
+        if profiled():
+            with range_of_pass(self._name):
+                return graph(*arguments)
+        return graph(*arguments)
+
+    def _compiled(self, examples: tuple[Any, ...]) -> Graph:
+        """The graph for this number of threads, from a call on examples."""
         self._reached = None
-        result = self._checked(*arguments)
-        if self._reached is not None:
-            self._graphs[threads] = _direct(*self._reached, result)
-            self._reached = None
-        return result
+        with independent_sizes():
+            result = self._checked(*examples)
+        if self._reached is None:  # Dynamo is off: nothing is compiled, and nothing is kept
+            return self._checked
+        graph = self._graphs[torch.get_num_threads()] = _direct(*self._reached, result)
+        self._reached = None
+        return graph
 
     def _backend(self, graph: fx.GraphModule, examples: Sequence[Any]) -> Graph:
         """Inductor, noting which graph a call reaches and what it returns."""

@@ -182,6 +182,23 @@ def test_warm_up_changes_nothing_and_leaves_nothing_to_compile(beta1: float | No
     assert_no_graph_since(warmed)
 
 
+def test_another_number_of_threads_compiles_for_every_shape() -> None:
+    """A graph contains the number of threads and is called without guards: what a first step's equal sizes say must not stay in it."""
+    threads = torch.get_num_threads()
+    for shape in ((12, 12), (12, 24), (24, 12)):
+        params, twins = make([shape]), make([shape])
+        optimizer, reference = Adafactor(params, compile=True), Adafactor(twins, foreach=False)
+        optimizer.warm_up()
+        torch.set_num_threads(threads + 1)  # which no other test uses
+        try:
+            set_gradients(params + twins, 0)
+            optimizer.step()
+        finally:
+            torch.set_num_threads(threads)
+        reference.step()
+        torch.testing.assert_close(params, twins)
+
+
 class Terminal(io.StringIO):
     def isatty(self) -> bool:
         return True
