@@ -154,7 +154,7 @@ def step_elementwise(
     """
     numbers = Numbers.of(table)
     squared = g.to(table.dtype).square()
-    new = materialize(second_moment * numbers.beta2 + (squared + numbers.eps) * numbers.one_minus_beta2)
+    new = second_moment * numbers.beta2 + (squared + numbers.eps) * numbers.one_minus_beta2
     update_sq = _sum_twice(squared / new)  # rather than of g / sqrt(new): a square root less
     new_rms = (_sum_twice(p.to(table.dtype).square()) / p.numel()).sqrt()
     new_update_rms = (update_sq / p.numel()).sqrt()

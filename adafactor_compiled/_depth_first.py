@@ -20,6 +20,18 @@ WHOLE_NUMEL = 2 * CHUNK_NUMEL  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 8  # the last read and write need no cache: fewer, larger calls
 
 
+class Part(NamedTuple):
+    """Some rows of one slice, or some slices as a whole."""
+
+    slices: int | slice
+    rows: slice
+    blocks: tuple[int, ...]  # how its rows are laid out: ([slices,] blocks, rows of a block), or (rows,)
+
+    def of(self, x: Tensor) -> Tensor:
+        """This part of a tensor of shape [slices, R] or [slices, R, C], in blocks."""
+        return x[self.slices, self.rows].view(*self.blocks, *x.shape[2:])
+
+
 class Blocking(NamedTuple):
     """How N slices of R x C, R and C at least 2, are cut into blocks of B rows."""
 
@@ -28,32 +40,59 @@ class Blocking(NamedTuple):
     columns: int
     block: int
     whole: bool  # stepped in one call; B then divides R
+    chunk_numel: int
+    chunks_per_apply: int
 
-    @property
-    def chunk(self) -> int:
-        """Rows that are read twice in one go."""
-        return max(1, CHUNK_NUMEL // (self.block * self.columns)) * self.block
+    def chunks(self) -> Iterator[Part]:
+        """What is read twice in one go."""
+        block = self.block
+        if (per_chunk := self.chunk_numel // (self.rows * self.columns)) > 1:
+            yield from self._slices(per_chunk, (self.rows // block, block) if self.rows % block == 0 else (1, self.rows))
+            return
+        main, step = self.rows - self.rows % block, max(1, self.chunk_numel // (block * self.columns)) * block
+        for i in range(self.slices):
+            for start in range(0, main, step):
+                stop = min(start + step, main)
+                yield Part(i, slice(start, stop), ((stop - start) // block, block))
+            if main < self.rows:
+                yield Part(i, slice(main, self.rows), (1, self.rows - main))
 
-    def chunks(self) -> Iterator[tuple[slice, int, int]]:
-        """(rows, number of blocks, rows of a block) of the chunks of one slice."""
-        main = self.rows - self.rows % self.block
-        for start in range(0, main, self.chunk):
-            stop = min(start + self.chunk, main)
-            yield slice(start, stop), (stop - start) // self.block, self.block
-        if main < self.rows:
-            yield slice(main, self.rows), 1, self.rows - main
+    def chunks_to_apply(self) -> Iterator[Part]:
+        """What is applied in one go, in one block."""
+        numel = self.chunks_per_apply * self.chunk_numel
+        if (per_chunk := numel // (self.rows * self.columns)) > 1:
+            yield from self._slices(per_chunk, (1, self.rows))
+            return
+        step = max(1, numel // self.columns)
+        for i in range(self.slices):
+            for start in range(0, self.rows, step):
+                stop = min(start + step, self.rows)
+                yield Part(i, slice(start, stop), (stop - start,))
+
+    def _slices(self, count: int, blocks: tuple[int, int]) -> Iterator[Part]:
+        for start in range(0, self.slices, count):
+            stop = min(start + count, self.slices)
+            yield Part(slice(start, stop), slice(0, self.rows), (stop - start, *blocks))
 
 
 @functools.cache
 def blocking_of(shape: tuple[int, ...]) -> Blocking:
+    """For compiled passes."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     most = min(max(2, BLOCK_NUMEL // columns), rows)
     if slices * rows * columns > WHOLE_NUMEL:
-        return Blocking(slices, rows, columns, most, whole=False)
+        return Blocking(slices, rows, columns, most, False, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     block = max(b for b in range(1, most + 1) if rows % b == 0)
     if block < min(8, most):  # a prime number of rows, say: one block, its columns summed in one loop
         block = rows
-    return Blocking(slices, rows, columns, block, whole=True)
+    return Blocking(slices, rows, columns, block, True, CHUNK_NUMEL, CHUNKS_PER_APPLY)
+
+
+@functools.cache
+def eager_blocking_of(shape: tuple[int, ...], chunk_numel: int) -> Blocking:
+    """For passes that are run as they are, each of whose operations writes as much as it reads: small chunks of one block."""
+    slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+    return Blocking(slices, rows, columns, min(max(1, chunk_numel // columns), rows), False, chunk_numel, 1)
 
 
 class Matrix(NamedTuple):
@@ -67,9 +106,8 @@ class Matrix(NamedTuple):
     draws: Tensor | None = None
 
 
-def step_members(shape: tuple[int, ...], members: Members, tables: list[Tensor], run: Runner) -> None:
-    """Step members whose parameters and gradients are contiguous in `shape`."""
-    blocking = blocking_of(shape)
+def step_members(blocking: Blocking, members: Members, tables: list[Tensor], run: Runner) -> None:
+    """Step members whose parameters and gradients are contiguous."""
     step = _step_whole if blocking.whole else _step_in_chunks
     for i, table in enumerate(tables):
         matrix = Matrix(
@@ -88,7 +126,7 @@ def step_members(shape: tuple[int, ...], members: Members, tables: list[Tensor],
 @functools.cache
 def _whole_of(blocking: Blocking) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """The shape in which a member is stepped in one call, and what its graph depends on."""
-    slices, rows, columns, block, _ = blocking
+    slices, rows, columns, block = blocking[:4]
     shape = (*(() if slices == 1 else (slices,)), rows // block, block, columns)
     return shape, size_variant(*shape)
 
@@ -119,53 +157,38 @@ def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -
 
 def statistics_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> _blocked.Sums:
     """The sums of each slice, stacked along a first dimension; brings `x.row` up to date."""
-    slices, rows, columns, _, _ = blocking
+    slices, rows, columns = blocking[:3]
     p, g, row = x.p.view(slices, rows, columns), x.g.view(slices, rows, columns), x.row.view(slices, rows)
-    sums = [_statistics_of_slice(blocking, p[i], g[i], row[i], table, run) for i in range(slices)]
-    total = _blocked.Sums(*map(torch.stack, zip(*sums, strict=True)))
-    return total._replace(param_sq=total.param_sq.sum())
+    col_sq, weighted_sq, row_sum = (table.new_zeros(shape) for shape in ((slices, columns), (slices, columns), (slices,)))
+    param_sq = table.new_zeros(())
+    for part in blocking.chunks():
+        sums = run(_blocked.statistics, size_variant(*part.blocks, columns), part.of(p), part.of(g), part.of(row), table)
+        for total, of_part in ((col_sq, sums.col_sq), (weighted_sq, sums.weighted_sq), (row_sum, sums.row)):
+            total[part.slices] += of_part
+        param_sq += sums.param_sq
+    return _blocked.Sums(col_sq, weighted_sq, row_sum, param_sq)
 
 
 def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: Tensor, run: Runner) -> None:
-    """The second reads, slice by slice; the factors have a first dimension of slices."""
-    slices, rows, columns, _, _ = blocking
+    """The second reads; the factors have a first dimension of slices."""
+    slices, rows, columns = blocking[:3]
     p, g, row = x.p.view(slices, rows, columns), x.g.view(slices, rows, columns), x.row.view(slices, rows)
     exp_avg = None if x.exp_avg is None else x.exp_avg.view(slices, rows, columns)
-    stride = CHUNKS_PER_APPLY * blocking.chunk
-    for i in range(slices):
-        of_slice = f._replace(row_mean=f.row_mean[i], col_factor=f.col_factor[i])
-        for start in range(0, rows, stride):
-            part = (i, slice(start, start + stride))
-            run(
-                _blocked.apply,
-                size_variant(min(stride, rows - start), columns),
-                p[part],
-                g[part],
-                row[part],
-                None if exp_avg is None else exp_avg[part],
-                of_slice,
-                table,
-                None if x.draws is None else _from(x.draws, i, start),
-            )
-
-
-def _statistics_of_slice(blocking: Blocking, p: Tensor, g: Tensor, row: Tensor, table: Tensor, run: Runner) -> _blocked.Sums:
-    sums = []
-    for part, n, block in blocking.chunks():
-        blocks = (n, block, blocking.columns)
-        sums.append(
-            run(
-                _blocked.statistics,
-                size_variant(*blocks),
-                p[part].view(blocks),
-                g[part].view(blocks),
-                row[part].view(n, block),
-                table,
-            )
+    for part in blocking.chunks_to_apply():
+        run(
+            _blocked.apply,
+            size_variant(*part.blocks, columns),
+            part.of(p),
+            part.of(g),
+            part.of(row),
+            None if exp_avg is None else part.of(exp_avg),
+            f._replace(row_mean=f.row_mean[part.slices], col_factor=f.col_factor[part.slices]),
+            table,
+            None if x.draws is None else _from(x.draws, part),
         )
-    return _blocked.Sums(*(torch.stack(x).sum(0) for x in zip(*sums, strict=True)))
 
 
-def _from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
-    """The draws of a piece that begins at this slice and row."""
-    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0], dtype=draws.dtype, device=draws.device)
+def _from(draws: Tensor, part: Part) -> Tensor:
+    """The draws of a part, which begins at some slice and row."""
+    first_slice = part.slices if isinstance(part.slices, int) else part.slices.start
+    return draws + torch.tensor([0, 0, 0, first_slice, part.rows.start, 0], dtype=draws.dtype, device=draws.device)

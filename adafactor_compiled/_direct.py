@@ -4,9 +4,9 @@ A call through Dynamo costs 35 us, half of it to establish what a `Pass` and the
 layouts and which sizes are 1. For a small matrix that is more than its step. So only the first call goes through Dynamo; the
 graph that it ends in, whose sizes are dynamic, is called directly from then on: 18 us.
 
-Without guards a graph must hold for all arguments that its `Pass` allows. It is therefore made from examples, never from a step's
-own tensors, whose sizes may happen to be equal: Dynamo would take them for one size. A guard that a size is at most 4,096
-goes with the others, on purpose: for longer sums Inductor would use another, slower form.
+Without guards a graph must hold for all arguments that its `Pass` allows. It is therefore made from examples, never from a
+step's own tensors, whose sizes may happen to be equal: Dynamo would take them for one size. A guard that a size is at most
+4,096 goes with the others, on purpose: for longer sums Inductor would use another, slower form.
 """
 
 from __future__ import annotations

@@ -17,19 +17,22 @@ from adafactor_compiled._options import Group
 
 
 class Numbers(NamedTuple):
-    """What a pass reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones."""
+    """What a pass reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones.
 
-    lr: Tensor  # the learning rate before it is scaled by the parameter's RMS
-    beta2: Tensor
-    one_minus_beta2: Tensor
-    eps: Tensor  # added to the squared gradient
-    min_scale: Tensor  # the least RMS by which the learning rate is scaled
-    scale_parameter: Tensor  # 1 or 0
-    clip_threshold: Tensor  # inf: no clipping
-    beta1: Tensor
-    one_minus_beta1: Tensor
-    weight_decay: Tensor
-    sign: Tensor  # -1 to maximize
+    Eager steps of one parameter read Python numbers where nothing is a tensor.
+    """
+
+    lr: Any  # the learning rate before it is scaled by the parameter's RMS
+    beta2: Any
+    one_minus_beta2: Any
+    eps: Any  # added to the squared gradient
+    min_scale: Any  # the least RMS by which the learning rate is scaled
+    scale_parameter: Any  # 1 or 0
+    clip_threshold: Any  # inf: no clipping
+    beta1: Any
+    one_minus_beta1: Any
+    weight_decay: Any
+    sign: Any  # -1 to maximize
 
     @classmethod
     def of(cls, table: Tensor) -> Numbers:
@@ -53,24 +56,24 @@ def unscaled_lr(group: Group, step: Any) -> Any:
     return relative_lr(group, step) if group["relative_step"] else group["lr"]
 
 
-def _row(group: Group, step: Any) -> list[Any]:
-    """The fields of `Numbers` for a group at a step count: Python numbers, or tensors where an input is one."""
+def plain_numbers(group: Group, step: Any) -> Numbers:
+    """The numbers of a group at a step count: Python numbers, or tensors where an input is one."""
     one_minus_beta2 = step ** group["decay_rate"]
     beta1 = group["beta1"] or 0.0
     clip_threshold = group["clip_threshold"]
-    return [
-        unscaled_lr(group, step),
-        1.0 - one_minus_beta2,
-        one_minus_beta2,
-        group["eps"][0],
-        group["eps"][1],
-        float(group["scale_parameter"]),
-        math.inf if clip_threshold is None else clip_threshold,
-        beta1,
-        1.0 - beta1,
-        group["weight_decay"],
-        -1.0 if group["maximize"] else 1.0,
-    ]
+    return Numbers(
+        lr=unscaled_lr(group, step),
+        beta2=1.0 - one_minus_beta2,
+        one_minus_beta2=one_minus_beta2,
+        eps=group["eps"][0],
+        min_scale=group["eps"][1],
+        scale_parameter=float(group["scale_parameter"]),
+        clip_threshold=math.inf if clip_threshold is None else clip_threshold,
+        beta1=beta1,
+        one_minus_beta1=1.0 - beta1,
+        weight_decay=group["weight_decay"],
+        sign=-1.0 if group["maximize"] else 1.0,
+    )
 
 
 def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -79,7 +82,7 @@ def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: tor
 
     Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
     """
-    row = _row(group, step)
+    row = plain_numbers(group, step)
     if not any(isinstance(x, Tensor) for x in row):
         return _to_device(torch.tensor(row, dtype=dtype), device)
     shape = step.shape if isinstance(step, Tensor) else ()

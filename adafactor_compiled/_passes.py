@@ -19,6 +19,11 @@ from adafactor_compiled._rounding import bits_of_matrix, bits_of_vectors, rounde
 Runner = Callable[..., Any]
 
 
+def run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
+    """The runner that does nothing but run."""
+    return function(*arguments)
+
+
 class Members(NamedTuple):
     """The tensors of k parameters of one shape class, each field a list of k (empty where the class has none)."""
 
@@ -165,7 +170,7 @@ def apply_stacked(x: Stacked, new: StackedUpdate, table: Tensor, numel: int) -> 
 
 def _moving_average(averages: list[Tensor], means: list[Tensor], numbers: Numbers) -> Tensor:
     """Bring the row or column averages up to date and return them stacked."""
-    new = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
+    new: Tensor = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
     torch._foreach_copy_(averages, new.unbind())
     return new
 

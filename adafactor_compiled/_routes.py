@@ -9,27 +9,37 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _blocked, _depth_first, _unrolled
+from adafactor_compiled import _blocked, _depth_first, _eager, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
+from adafactor_compiled._eager import STACK_LEAST, STACK_NUMEL
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, Runner, step_class, step_stacked, with_stacked
 from adafactor_compiled._rounding import SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
-STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to call one by one,
-STACK_LEAST = 4  # where there are so many of them
 
 
-def step_eager(members: Members, tables: list[Tensor]) -> None:
-    """Step a class with multi-tensor operations as they are; `tables` holds one vector of numbers for each member."""
-    step_class(members, torch.stack(tables))
+def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers]) -> None:
+    """Step a class with operations as they are.
+
+    Args:
+        shape_class: the class.
+        members: its members.
+        tables: one vector of numbers for each member.
+        numbers: the same as Python numbers, where no input is a tensor.
+    """
+    if shape_class.device.type != "cpu" or torch.compiler.is_compiling():
+        step_class(members, torch.stack(tables))
+    else:
+        contiguous = shape_class.factored and _layout_of(shape_class) == "contiguous"
+        _eager.step_members(shape_class, members, tables, numbers, contiguous)
 
 
 def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
@@ -77,7 +87,7 @@ def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tup
 def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
     layout = _layout_of(shape_class)
     if layout is None:
-        step_eager(members, tables)
+        step_class(members, torch.stack(tables))
     elif shape_class.device.type != "cpu":
         step_breadth_first(members, tables, run)
     elif layout == "vector":
@@ -87,9 +97,10 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
     elif layout == "kernels":
         _step_kernels(shape_class, members, tables, run)
     elif layout == "contiguous":
-        _depth_first.step_members(shape_class.shape, members, tables, run)
+        _depth_first.step_members(_depth_first.blocking_of(shape_class.shape), members, tables, run)
     else:
-        _depth_first.step_members(_transposed_shape(shape_class), _transposed(members), tables, run)
+        blocking = _depth_first.blocking_of(_transposed_shape(shape_class))
+        _depth_first.step_members(blocking, _transposed(members), tables, run)
 
 
 @functools.cache

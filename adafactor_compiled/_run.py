@@ -9,6 +9,7 @@ from torch import Tensor
 from adafactor_compiled import _routes, _sharded
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._nonfinite import kept_of, put_back
+from adafactor_compiled._numbers import Numbers, plain_numbers
 from adafactor_compiled._plan import Entry, Part, Plan, count_step, members_of, path_of, tables_of
 from adafactor_compiled._ranges import range_of_class
 from adafactor_compiled._reference import step_parameter
@@ -40,7 +41,12 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: list[Tensor]
     elif part.path == "compiled" and compiles:
         _routes.step_compiled(part.shape_class, members, numbers)
     else:
-        _routes.step_eager(members, numbers)
+        _routes.step_eager(part.shape_class, members, numbers, [_plain_numbers(entries[i]) for i in part.positions])
+
+
+def _plain_numbers(entry: Entry) -> Numbers:
+    step = entry.state["step"]
+    return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
 
 
 def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:

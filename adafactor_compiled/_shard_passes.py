@@ -6,18 +6,17 @@ is not known once its piece of the row has been read, so that the weighted squar
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from adafactor_compiled import _blocked
 from adafactor_compiled._blocked import Factors, Sums, materialize
 from adafactor_compiled._compile import size_variant
-from adafactor_compiled._depth_first import Blocking, Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
+from adafactor_compiled._depth_first import Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Runner
+from adafactor_compiled._passes import Runner, run_eagerly
 
 
 class PlainSums(NamedTuple):
@@ -51,7 +50,8 @@ def weighted_rows(g: Tensor, col: Tensor, table: Tensor) -> WeightedRows:
 def moving_average(average: Tensor, mean_sq: Tensor, table: Tensor) -> Tensor:
     """A new average; the old one is left as it is."""
     numbers = Numbers.of(table)
-    return average * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2
+    new: Tensor = average * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2
+    return new
 
 
 class Piece:
@@ -66,7 +66,7 @@ class Piece:
         self.x, self.table = x, table
         *self.lead, rows, columns = x.p.shape
         self.blocking = blocking_of(tuple(x.p.shape)) if compiled and can_compile(x.p, x.g) else None
-        self.run = run if self.blocking is not None else _run_eagerly
+        self.run = run if self.blocking is not None else run_eagerly
         whole = self.blocking is None or self.blocking.whole
         self.chunked = None if whole else self.blocking  # too large to be read twice in one go
         block = rows if self.blocking is None else self.blocking.block
@@ -93,17 +93,16 @@ class Piece:
         if self.chunked is None:
             sums: PlainSums = self.run(plain_sums, self.variant, self._cut(x.p), self._cut(x.g), self.table)
             return sums._replace(row_sq=sums.row_sq.flatten(-2))
-        p, g = (y.view(self.chunked[:3]) for y in (x.p, x.g))
-        of_slices = []
-        for i in range(self.chunked.slices):
-            of_chunks = [
-                self.run(plain_sums, size_variant(*blocks), p[i, part].view(blocks), g[i, part].view(blocks), self.table)
-                for part, blocks in self._chunks(self.chunked)
-            ]
-            row_sq, col_sq, param_sq = zip(*of_chunks, strict=True)
-            of_slices.append((torch.cat([y.flatten() for y in row_sq]), sum(col_sq), sum(param_sq)))
-        row_sqs, col_sqs, param_sqs = zip(*of_slices, strict=True)
-        return PlainSums(self._of_slices(torch.stack(row_sqs)), self._of_slices(torch.stack(col_sqs)), sum(param_sqs))
+        slices, rows, columns = self.chunked[:3]
+        p, g = (y.view(slices, rows, columns) for y in (x.p, x.g))
+        row_sq, col_sq = self.table.new_zeros(slices, rows), self.table.new_zeros(slices, columns)
+        param_sq = self.table.new_zeros(())
+        for part in self.chunked.chunks():
+            sums = self.run(plain_sums, size_variant(*part.blocks, columns), part.of(p), part.of(g), self.table)
+            part.of(row_sq).copy_(sums.row_sq)
+            col_sq[part.slices] += sums.col_sq
+            param_sq += sums.param_sq
+        return PlainSums(self._of_slices(row_sq), self._of_slices(col_sq), param_sq)
 
     def weighted_rows(self, col: Tensor) -> Tensor:
         """For each row, the sum of gradient^2 / column average."""
@@ -111,16 +110,12 @@ class Piece:
         if self.chunked is None:
             whole: WeightedRows = self.run(weighted_rows, self.variant, self._cut(g), col, self.table)
             return whole.weighted_sq.flatten(-2)
-        g, col = g.view(self.chunked[:3]), col.reshape(-1, col.shape[-1])
-        of_chunks = [
-            self.run(weighted_rows, size_variant(*blocks), g[i, part].view(blocks), col[i], self.table).weighted_sq.flatten()
-            for i in range(self.chunked.slices)
-            for part, blocks in self._chunks(self.chunked)
-        ]
-        return torch.cat(of_chunks).view(*self.lead, -1)
-
-    def _chunks(self, blocking: Blocking) -> list[tuple[slice, tuple[int, int, int]]]:
-        return [(part, (n, block, blocking.columns)) for part, n, block in blocking.chunks()]
+        slices, rows, columns = self.chunked[:3]
+        g, col, weighted_sq = g.view(slices, rows, columns), col.reshape(slices, columns), self.table.new_zeros(slices, rows)
+        for part in self.chunked.chunks():
+            variant = size_variant(*part.blocks, columns)
+            part.of(weighted_sq).copy_(self.run(weighted_rows, variant, part.of(g), col[part.slices], self.table).weighted_sq)
+        return self._of_slices(weighted_sq)
 
     def _of_slices(self, x: Tensor) -> Tensor:
         """[slices, ...] with the leading dimensions of the piece."""
@@ -144,10 +139,6 @@ class Piece:
         exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
         row = _unflatten(x.row, -1, self.blocks)
         self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table, x.draws)
-
-
-def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
-    return function(*arguments)
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:

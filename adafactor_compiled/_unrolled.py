@@ -96,4 +96,5 @@ def _mean(terms: list[Tensor]) -> Tensor:
 
 
 def _average(old: Tensor, mean: Tensor, numbers: Numbers) -> Tensor:
-    return old * numbers.beta2 + (mean + numbers.eps) * numbers.one_minus_beta2
+    new: Tensor = old * numbers.beta2 + (mean + numbers.eps) * numbers.one_minus_beta2
+    return new

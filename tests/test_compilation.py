@@ -183,7 +183,7 @@ def test_warm_up_changes_nothing_and_leaves_nothing_to_compile(beta1: float | No
 
 
 def test_another_number_of_threads_compiles_for_every_shape() -> None:
-    """A graph contains the number of threads and is called without guards: what a first step's equal sizes say must not stay in it."""
+    """A graph has a number of threads and is called without guards: sizes that are equal by chance must not be one in it."""
     threads = torch.get_num_threads()
     for shape in ((12, 12), (12, 24), (24, 12)):
         params, twins = make([shape]), make([shape])

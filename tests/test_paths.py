@@ -17,7 +17,7 @@ from strategies import Group, Parameter, Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
-from adafactor_compiled import Adafactor, _routes
+from adafactor_compiled import Adafactor, _eager, _routes
 
 
 def realign(optimizer: Adafactor, reference: Adafactor) -> None:
@@ -62,6 +62,15 @@ def check_against_reference(
 @given(problem=problems())
 def test_multi_tensor(problem: Problem) -> None:
     check_against_reference(problem, "multi-tensor", compile=False)
+
+
+@settings(max_examples=40)
+@given(problem=problems())
+def test_multi_tensor_in_parts(problem: Problem) -> None:
+    """As matrices that do not fit in cache are stepped, here from 8 elements on."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_eager, "WHOLE_NUMEL", 8)
+        check_against_reference(problem, "multi-tensor, in parts", compile=False)
 
 
 @settings(max_examples=100)
