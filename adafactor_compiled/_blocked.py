@@ -46,10 +46,10 @@ def statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> Sums:
     col_sq = materialize(squared.sum(-2)).sum(-2)
     weighted_sq = materialize((squared * weight).sum(-2)).sum(-2)
     row.copy_(new_row)
-    return Sums(col_sq, weighted_sq, _sum_twice(new_row), materialize(p.square().sum(-1)).sum())
+    return Sums(col_sq, weighted_sq, sum_twice(new_row), materialize(p.square().sum(-1)).sum())
 
 
-def _sum_twice(x: Tensor) -> Tensor:
+def sum_twice(x: Tensor) -> Tensor:
     return materialize(x.sum(-1)).sum(-1)
 
 
@@ -80,7 +80,7 @@ def averages(sums: Sums, col: Tensor, table: Tensor, rows: int) -> Averages:
 
 
 def factors(sums: Sums, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor, rows: int, numel: int) -> Factors:
-    """The small work between the two reads; brings `col`, shape [..., C], and both RMS, shape [1], up to date."""
+    """The small work between the two reads; brings `col`, shape [..., C], and both RMS, of one element, up to date."""
     return finish(averages(sums, col, table, rows), sums.param_sq, col, rms, update_rms, table, numel)
 
 
@@ -155,8 +155,8 @@ def step_elementwise(
     numbers = Numbers.of(table)
     squared = g.to(table.dtype).square()
     new = second_moment * numbers.beta2 + (squared + numbers.eps) * numbers.one_minus_beta2
-    update_sq = _sum_twice(squared / new)  # rather than of g / sqrt(new): a square root less
-    new_rms = (_sum_twice(p.to(table.dtype).square()) / p.numel()).sqrt()
+    update_sq = sum_twice(squared / new)  # rather than of g / sqrt(new): a square root less
+    new_rms = (sum_twice(p.to(table.dtype).square()) / p.numel()).sqrt()
     new_update_rms = (update_sq / p.numel()).sqrt()
     alpha = step_size(numbers, new_rms)
     scale = materialize(numbers.sign * alpha / clip_divisor(numbers, new_update_rms))

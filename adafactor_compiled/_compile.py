@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled._direct import Direct, example_of, independent_sizes
 from adafactor_compiled._progress import progress
-from adafactor_compiled._unrolled import kernel_factors
+from adafactor_compiled._unrolled import apply_kernels, kernel_statistics
 
 CPU_OPTIONS: dict[str, Any] = {
     # Inductor fuses a pointwise node into a reduction's loop only where it stands before it: keep program order.
@@ -29,10 +29,9 @@ CPU_OPTIONS: dict[str, Any] = {
     "scalar_asserts": False,
 }
 
-OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {
-    # Its loads are strided, and Inductor would rather not use vectors at all: 3 x 3 kernels take a third of the time with them.
-    kernel_factors: {"cpp.enable_tiling_heuristics": False},
-}
+# Loads and stores with a stride, which Inductor would rather not vectorize at all: 3 x 3 kernels take half the time with it.
+STRIDED = {"cpp.enable_tiling_heuristics": False}
+OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {kernel_statistics: STRIDED, apply_kernels: STRIDED}
 
 
 class Pass(NamedTuple):

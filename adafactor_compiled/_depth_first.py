@@ -27,6 +27,11 @@ class Part(NamedTuple):
     rows: slice
     blocks: tuple[int, ...]  # how its rows are laid out: ([slices,] blocks, rows of a block), or (rows,)
 
+    @property
+    def first_slice(self) -> int:
+        first: int = self.slices if isinstance(self.slices, int) else self.slices.start
+        return first
+
     def of(self, x: Tensor) -> Tensor:
         """This part of a tensor of shape [slices, R] or [slices, R, C], in blocks."""
         return x[self.slices, self.rows].view(*self.blocks, *x.shape[2:])
@@ -106,6 +111,11 @@ class Matrix(NamedTuple):
     draws: Tensor | None = None
 
 
+def writable(x: Tensor) -> Tensor:
+    """A 0-dim tensor for a pass to write to: Inductor loses an in-place update of a 0-dim float64 tensor (torch 2.13)."""
+    return x.view(1) if x.dtype == torch.float64 else x
+
+
 def step_members(blocking: Blocking, members: Members, tables: list[Tensor], run: Runner) -> None:
     """Step members whose parameters and gradients are contiguous."""
     step = _step_whole if blocking.whole else _step_in_chunks
@@ -116,8 +126,8 @@ def step_members(blocking: Blocking, members: Members, tables: list[Tensor], run
             members.rows[i],
             members.cols[i],
             members.exp_avgs[i] if members.exp_avgs else None,
-            members.rms[i].view(1),  # Inductor loses an in-place update of a 0-dim float64 tensor (torch 2.13)
-            members.update_rms[i].view(1),
+            writable(members.rms[i]),
+            writable(members.update_rms[i]),
             members.draws[i] if members.draws else None,
         )
         step(blocking, matrix, table, run)
@@ -184,11 +194,10 @@ def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: T
             None if exp_avg is None else part.of(exp_avg),
             f._replace(row_mean=f.row_mean[part.slices], col_factor=f.col_factor[part.slices]),
             table,
-            None if x.draws is None else _from(x.draws, part),
+            None if x.draws is None else draws_from(x.draws, part.first_slice, part.rows.start),
         )
 
 
-def _from(draws: Tensor, part: Part) -> Tensor:
-    """The draws of a part, which begins at some slice and row."""
-    first_slice = part.slices if isinstance(part.slices, int) else part.slices.start
-    return draws + torch.tensor([0, 0, 0, first_slice, part.rows.start, 0], dtype=draws.dtype, device=draws.device)
+def draws_from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
+    """The draws of a part that begins at this slice and row."""
+    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0], dtype=draws.dtype, device=draws.device)

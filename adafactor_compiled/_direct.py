@@ -20,6 +20,7 @@ import torch
 import torch.fx.experimental._config as symbolic_shapes_config
 from torch import Tensor, fx
 from torch._inductor.compile_fx import compile_fx
+from torch.autograd.graph import increment_version
 from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled._ranges import profiled, range_of_pass
@@ -97,13 +98,34 @@ def _inputs_of(graph: fx.GraphModule, parameters: list[str]) -> Callable[..., tu
 
 def _direct(inner: Graph, inputs: Callable[..., Any], outputs: Sequence[Tensor], result: Any) -> Graph:
     """The call of a graph; where the pass returned its outputs is seen from a first call's `outputs` and `result`."""
+    call = _innermost(inner)
     if result is None:
-        return lambda *arguments: inner(*inputs(*arguments)) and None
+        return lambda *arguments: call(inputs(*arguments)) and None
     make = type(result)._make
     order = [next(i for i, output in enumerate(outputs) if output is x) for x in result]
 
     def direct(*arguments: Any) -> Any:
-        outputs = inner(*inputs(*arguments))
+        outputs = call(inputs(*arguments))
         return make([outputs[i] for i in order])
 
     return direct
+
+
+def _innermost(inner: Graph) -> Graph:
+    """The call of Inductor's code in a graph: 6 us less than through what wraps it for autograd, which a step has no use for.
+
+    All that the wrappers do here is to count the versions of the tensors that are written to.
+    """
+    graph: Any = inner
+    while not hasattr(graph, "current_callable"):
+        wrapped = getattr(graph, "compiled_fn", None) or getattr(graph, "__wrapped__", None)
+        if wrapped is None:
+            return lambda inputs: inner(*inputs)
+        graph = wrapped
+    code, written = graph.current_callable, sorted(graph.mutated_input_idxs)
+
+    def call(inputs: tuple[Any, ...]) -> Any:
+        increment_version([inputs[i] for i in written])
+        return code(list(inputs))
+
+    return call

@@ -110,10 +110,11 @@ def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
 
 
 def stacked_of(members: Members) -> Stacked:
-    """Copies of the vectors of a class, stacked."""
-    params, exp_avg_sqs, rms, update_rms = map(_stack, (members.params, members.exp_avg_sqs, members.rms, members.update_rms))
+    """Copies of the vectors of a class, stacked; room for what is only written."""
+    params, exp_avg_sqs = _stack(members.params), _stack(members.exp_avg_sqs)
     exp_avgs = _stack(members.exp_avgs) if members.exp_avgs else None
     draws = _stack(members.draws) if members.draws else None
+    rms, update_rms = (exp_avg_sqs.new_empty(len(params), 1) for _ in range(2))
     return Stacked(params, _stack(members.grads), exp_avg_sqs, exp_avgs, rms, update_rms, draws)
 
 
@@ -181,8 +182,9 @@ def _to(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
 
 def _stack(tensors: Sequence[Tensor]) -> Tensor:
     """[k, n] of k vectors of n elements (n = 1 for 0-dim ones)."""
-    return torch.stack([x.reshape(-1) for x in tensors])
+    stacked = torch.stack(tensors)  # type: ignore[arg-type]
+    return stacked if stacked.ndim == 2 else stacked.unsqueeze(1)
 
 
 def _unstack_(tensors: list[Tensor], stacked: Tensor) -> None:
-    torch._foreach_copy_(tensors, [x.view_as(t) for x, t in zip(stacked.unbind(), tensors, strict=True)])
+    torch._foreach_copy_(tensors, (stacked if tensors[0].ndim == 1 else stacked.squeeze(1)).unbind())

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from adafactor_compiled import _blocked, _depth_first, _eager, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
+from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._eager import STACK_LEAST, STACK_NUMEL
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, Runner, step_class, step_stacked, with_stacked
@@ -24,6 +25,8 @@ from adafactor_compiled._rounding import SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
+
+SLICES = 65_536  # kernels of convolutions that are applied together: their factors take 2.4 MB of 3 x 3 ones
 
 
 def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers]) -> None:
@@ -141,15 +144,36 @@ def _transposed(members: Members) -> Members:
 
 def _step_kernels(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
     *lead, rows, columns = shape_class.shape
-    n, variant = math.prod(lead), (rows, columns)
+    n, variant, as_vector = math.prod(lead), (rows, columns), _rows_of(shape_class.numel)
     for i, table in enumerate(tables):
-        p, g = members.params[i].view(n, *variant), members.grads[i].view(n, *variant)
+        p, g = members.params[i].view(n, rows * columns), members.grads[i].view(n, rows * columns)
         row, col = members.rows[i].view(n, rows), members.cols[i].view(n, columns)
-        exp_avg = members.exp_avgs[i].view(n, -1) if members.exp_avgs else None
-        factors = run(_unrolled.kernel_factors, variant, p, g, row, col, table)
-        rms, update_rms = members.rms[i].view(1), members.update_rms[i].view(1)
-        draws = members.draws[i] if members.draws else None
-        run(_unrolled.apply_kernels, variant, p.view(n, -1), g.view(n, -1), exp_avg, rms, update_rms, factors, table, draws)
+        exp_avg = members.exp_avgs[i].view(n, rows * columns) if members.exp_avgs else None
+        scales = run(
+            _unrolled.kernel_statistics,
+            (*variant, *size_variant(*as_vector)),
+            p.view(as_vector),
+            g.view(n, rows, columns),
+            row,
+            col,
+            writable(members.rms[i]),
+            writable(members.update_rms[i]),
+            table,
+        )
+        for start in range(0, n, SLICES):
+            part = slice(start, start + SLICES)
+            run(
+                _unrolled.apply_kernels,
+                (*variant, *size_variant(min(SLICES, n - start))),
+                p[part],
+                g[part],
+                row[part],
+                col[part],
+                None if exp_avg is None else exp_avg[part],
+                scales,
+                table,
+                draws_from(members.draws[i], start, 0) if members.draws else None,
+            )
 
 
 @functools.cache
@@ -173,8 +197,8 @@ def _step_elementwise(
             second_moments[i].view(shape),
             twins[i].view(shape) if twins else None,
             members.exp_avgs[i].view(shape) if members.exp_avgs else None,
-            members.rms[i].view(1),
-            members.update_rms[i].view(1),
+            writable(members.rms[i]),
+            writable(members.update_rms[i]),
             table,
             members.draws[i] if members.draws else None,
         )
