@@ -15,9 +15,9 @@ from adafactor_compiled._compile import size_variant
 from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 32_768  # a block of rows stays in the second-level cache between two reads: 128 KB in float32
-CHUNK_NUMEL = 2_097_152  # what is read twice in one go stays in the last-level cache: 8 MB in float32
-WHOLE_NUMEL = 2 * CHUNK_NUMEL  # up to here a matrix is stepped in one call
-CHUNKS_PER_APPLY = 8  # the last read and write need no cache: fewer, larger calls
+CHUNK_NUMEL = 1_048_576  # what is read twice in one go stays in the last-level cache, p and g: 8 MB in float32
+WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
+CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
 
 
 class Part(NamedTuple):
@@ -173,9 +173,8 @@ def statistics_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runn
     param_sq = table.new_zeros(())
     for part in blocking.chunks():
         sums = run(_blocked.statistics, size_variant(*part.blocks, columns), part.of(p), part.of(g), part.of(row), table)
-        for total, of_part in ((col_sq, sums.col_sq), (weighted_sq, sums.weighted_sq), (row_sum, sums.row)):
-            total[part.slices] += of_part
-        param_sq += sums.param_sq
+        at = part.slices
+        torch._foreach_add_([col_sq[at], weighted_sq[at], row_sum[at], param_sq], list(sums))
     return _blocked.Sums(col_sq, weighted_sq, row_sum, param_sq)
 
 
