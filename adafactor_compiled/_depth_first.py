@@ -85,9 +85,11 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
     """For compiled passes."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     most = min(max(2, BLOCK_NUMEL // columns), rows)
-    if slices * rows * columns > WHOLE_NUMEL:
-        return Blocking(slices, rows, columns, most, False, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     block = max(b for b in range(1, most + 1) if rows % b == 0)
+    if slices * rows * columns > WHOLE_NUMEL:
+        # A tail of another size is a pass of its own to compile: rather blocks of up to half the size that leave none.
+        block = block if block > most // 2 else most
+        return Blocking(slices, rows, columns, block, False, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     if block < min(8, most):  # a prime number of rows, say: one block, its columns summed in one loop
         block = rows
     return Blocking(slices, rows, columns, block, True, CHUNK_NUMEL, CHUNKS_PER_APPLY)
