@@ -33,6 +33,7 @@ class Contender(NamedTuple):
     make: Make
     momentum: bool = True  # whether it knows beta1
     every: int = 1  # takes part in every n-th round of a timing
+    half_only: bool = False  # whether it is another one only for half-precision parameters
 
 
 def ours(**path: Any) -> Make:
@@ -77,6 +78,9 @@ def _adamw(**path: bool) -> Make:
 
 CONTENDERS: dict[str, Contender] = {
     "compiled": Contender("Adafactor, compiled", ours(compile=True)),
+    "stochastic-rounding": Contender(
+        "Adafactor, compiled, stochastic rounding", ours(compile=True, stochastic_rounding=True), half_only=True
+    ),
     "adamw-fused": Contender("fused AdamW", _adamw(fused=True)),
     "adamw-foreach": Contender("foreach AdamW", _adamw(foreach=True)),
     "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),
@@ -107,6 +111,9 @@ def make_optimizers(keys: list[str], params: list[Tensor], beta1: float | None) 
         contender = CONTENDERS[key]
         if beta1 is not None and not contender.momentum:
             missing[key] = "has no beta1"
+            continue
+        if contender.half_only and params[0].dtype.itemsize > 2:
+            missing[key] = "is for half precision"
             continue
         try:
             made[key] = contender.make(params, beta1)

@@ -135,7 +135,7 @@ def draw(result: dict[str, Any]) -> Any:
         for key, contender in CONTENDERS.items():
             values = ratio(row, key, ADAMW)
             if values:
-                hollow = "foreach" in contender.name
+                hollow = "foreach" in contender.name or "stochastic" in contender.name
                 axes.plot(
                     values,
                     [y] * len(values),

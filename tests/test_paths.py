@@ -125,6 +125,8 @@ FIXED = {
     "chunks of rows with a tail": problem_of((4101, 1030)),
     "chunks of a few long rows": problem_of((66, 65_537)),
     "chunks of leading slices": problem_of((2, 2101, 1030)),
+    "chunks of many small slices": problem_of((700, 300, 5, 5)),
+    "chunks of the kernels of convolutions": problem_of((130, 128, 3, 3), (130, 128, 3, 3), beta1=0.9),
     "stacked vectors": problem_of((17,), (17,), (17,), (5000,), (1,)),
     "long vectors": problem_of((65_537,), (70_000,)),
     "0-dim": problem_of((), ()),

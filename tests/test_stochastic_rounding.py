@@ -7,7 +7,7 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 
-from adafactor_compiled import Adafactor, StepInBackward
+from adafactor_compiled import Adafactor, StepInBackward, _routes
 from adafactor_compiled import _rounding as rounding
 
 PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
@@ -161,6 +161,16 @@ def test_a_matrix_in_chunks_draws_as_a_whole_one():
                 patch.setattr(_depth_first, "blocking_of", lambda _: small)
             optimizer.step()
     assert (whole[0] != chunked[0]).sum().item() <= 1
+
+
+def test_kernels_in_parts_draw_as_a_whole():
+    whole, in_parts = (parameters(shapes=[(6, 5, 3, 3)]) for _ in range(2))
+    for params, slices in ((whole, 30), (in_parts, 8)):
+        set_gradients(params, 0)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(_routes, "SLICES", slices)
+            optimizer_of(params, compile=True).step()
+    assert (whole[0] != in_parts[0]).sum().item() <= 1
 
 
 @pytest.mark.parametrize("capturable", [False, True])
