@@ -97,7 +97,7 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
 
 @functools.cache
 def eager_blocking_of(shape: tuple[int, ...], chunk_numel: int) -> Blocking:
-    """For passes that are run as they are, each of whose operations writes as much as it reads: small chunks of one block."""
+    """For eager operations, each of which writes as much as it reads: small chunks of one block."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
     return Blocking(slices, rows, columns, min(max(1, chunk_numel // columns), rows), False, chunk_numel, 1)
 

@@ -12,42 +12,36 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _depth_first
+from adafactor_compiled._depth_first import draws_from, eager_blocking_of
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Members, run_eagerly, step_class
+from adafactor_compiled._passes import Members, step_class
 from adafactor_compiled._rounding import bits_of_matrix, write
 from adafactor_compiled._shape_class import ShapeClass
 
-WHOLE_NUMEL = 1_048_576  # elements that are stepped as a whole: 4 MB in float32, and as much for the update
+WHOLE_NUMEL = 524_288  # elements that are stepped as a whole: 2 MB in float32, and as much for the update
 STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to step one by one,
 STACK_LEAST = 4  # where there are so many of them
 
 
 def step_members(
-    shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers], contiguous: bool
+    shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers], in_parts: bool
 ) -> None:
-    """Step a class; see `_routes.step_eager`."""
+    """Step a class, large contiguous matrices perhaps in parts; see `_routes.step_eager`."""
     numel = shape_class.numel
     if not shape_class.factored and numel <= STACK_NUMEL and len(tables) >= STACK_LEAST:
         step_class(members, torch.stack(tables))
-    elif contiguous and numel > WHOLE_NUMEL:
-        blocking = _depth_first.eager_blocking_of(shape_class.shape, WHOLE_NUMEL)
-        _depth_first.step_members(blocking, members, tables, run_eagerly)
-    else:
-        for i, of_member in enumerate(numbers):
-            step_parameter(members if len(numbers) == 1 else Members(*(x[i : i + 1] for x in members)), of_member)
+        return
+    step = _step_in_parts if in_parts and numel > WHOLE_NUMEL else _step_whole
+    for i, of_member in enumerate(numbers):
+        step(members if len(numbers) == 1 else Members(*(x[i : i + 1] for x in members)), of_member)
 
 
-def step_parameter(member: Members, numbers: Numbers) -> None:
+def _step_whole(member: Members, numbers: Numbers) -> None:
     """The numbered steps of `_reference.py` with fewer operations; `member` is a class of one."""
     (param,), (grad,), (rms,), (update_rms,) = member.params, member.grads, member.rms, member.update_rms
     p, g = param.to(rms.dtype), grad.to(rms.dtype)
-    lr = numbers.lr.to(rms).reshape(()) if isinstance(numbers.lr, Tensor) else numbers.lr
-    scale = numbers.sign * lr  # 3
-    _rms(p, out=rms)  # 2
-    if numbers.scale_parameter:
-        scale = rms.clamp(min=numbers.min_scale) * scale
-    decay = scale * (numbers.sign * numbers.weight_decay) if numbers.weight_decay else None
+    torch.div(torch.linalg.vector_norm(p), p.numel() ** 0.5, out=rms)  # 2
+    alpha = _step_size(rms, numbers)  # 3, 4
 
     update = g * g  # 5
     if member.rows:
@@ -61,24 +55,70 @@ def step_parameter(member: Members, numbers: Numbers) -> None:
         _move(v, update.add_(numbers.eps), numbers)
         torch.mul(g, v.rsqrt(), out=update)
 
-    _rms(update, out=update_rms)  # 6
-    if numbers.clip_threshold != math.inf:
-        scale = scale / (update_rms / numbers.clip_threshold).clamp_(min=1.0)
-    if member.exp_avgs:  # 7, 8
-        (exp_avg,) = member.exp_avgs
-        exp_avg.mul_(numbers.beta1).add_(update.mul_(scale), alpha=numbers.one_minus_beta1)
-        update = exp_avg
+    torch.div(torch.linalg.vector_norm(update), p.numel() ** 0.5, out=update_rms)  # 6
+    update.mul_(_clipped(alpha, update_rms, numbers))  # 7
+    exp_avg = member.exp_avgs[0] if member.exp_avgs else None
+    _apply(param, p, update, exp_avg, alpha, numbers, member.draws[0] if member.draws else None)
+
+
+def _step_in_parts(member: Members, numbers: Numbers) -> None:
+    """The same for a contiguous matrix that does not fit in cache; see `_blocked.py` for the RMS of its update."""
+    (param,), (grad,), (rms,), (update_rms,) = member.params, member.grads, member.rms, member.update_rms
+    blocking = eager_blocking_of(tuple(param.shape), WHOLE_NUMEL)
+    slices, rows, columns = blocking[:3]
+    params, grads = param.view(slices, rows, columns), grad.view(slices, rows, columns)
+    row, col = member.rows[0].view(slices, rows), member.cols[0].view(slices, columns)
+    col_sq, weighted_sq, norms = torch.zeros_like(col), torch.zeros_like(col), []
+    for part in blocking.chunks():
+        g, of_row, at = part.of(grads).to(rms.dtype), part.of(row), part.slices
+        norms.append(torch.linalg.vector_norm(part.of(params).to(rms.dtype)))
+        squared = g * g
+        _move(of_row, squared.mean(-1).add_(numbers.eps), numbers)
+        col_sq[at].add_(squared.sum((-2, -3)))
+        weighted_sq[at].add_(squared.mul_(of_row.reciprocal().unsqueeze(-1)).sum((-2, -3)))
+    _move(col, col_sq.div_(rows).add_(numbers.eps), numbers)
+    row_mean = row.mean(-1, keepdim=True)
+
+    torch.div(torch.linalg.vector_norm(torch.stack(norms)), param.numel() ** 0.5, out=rms)
+    torch.div((weighted_sq.div_(col) * row_mean).sum(), param.numel(), out=update_rms).sqrt_()
+    alpha = _step_size(rms, numbers)
+    row_factor = (row / row_mean).rsqrt_().mul_(_clipped(alpha, update_rms, numbers))
+    col_factor = col.rsqrt()
+    exp_avgs = member.exp_avgs[0].view(slices, rows, columns) if member.exp_avgs else None
+    for part in blocking.chunks():
+        of_param, g = part.of(params), part.of(grads).to(rms.dtype)
+        update = g * part.of(row_factor).unsqueeze(-1)
+        update.mul_(col_factor[part.slices].unsqueeze(-2).unsqueeze(-2))
+        exp_avg = None if exp_avgs is None else part.of(exp_avgs)
+        draws = draws_from(member.draws[0], part.first_slice, part.rows.start) if member.draws else None
+        _apply(of_param, of_param.to(rms.dtype), update, exp_avg, alpha, numbers, draws)
+
+
+def _step_size(rms: Tensor, numbers: Numbers) -> Tensor:
+    """With the sign of the step."""
+    lr = numbers.lr.to(rms).reshape(()) if isinstance(numbers.lr, Tensor) else numbers.lr
+    scale = rms.clamp(min=numbers.min_scale) if numbers.scale_parameter else torch.ones_like(rms)
+    alpha: Tensor = scale * (numbers.sign * lr)
+    return alpha
+
+
+def _clipped(alpha: Tensor, update_rms: Tensor, numbers: Numbers) -> Tensor:
+    divisor: Tensor = (update_rms / numbers.clip_threshold).clamp_(min=1.0)
+    return alpha if numbers.clip_threshold == math.inf else alpha / divisor
+
+
+def _apply(
+    param: Tensor, p: Tensor, update: Tensor, exp_avg: Tensor | None, alpha: Tensor, numbers: Numbers, draws: Tensor | None
+) -> None:
+    """Steps 8 to 10; `p` is `param`, widened where that is half-precision, `update` what may be overwritten."""
+    if exp_avg is not None:
+        update = exp_avg.mul_(numbers.beta1).add_(update, alpha=numbers.one_minus_beta1)
+    if numbers.weight_decay:  # p * (1 - decay) would round 1 - decay, the same way at every step
+        update = update + p * (alpha * (numbers.sign * numbers.weight_decay))
+    if p is param:
+        p.sub_(update)
     else:
-        update.mul_(scale)
-    if decay is not None:  # 9: p * (1 - decay) would round 1 - decay, the same way at every step
-        update = update + p * decay
-    new = p.sub_(update) if p is param else p - update  # 10
-    if new is not param:
-        write(param, new, bits_of_matrix(member.draws[0], new.shape) if member.draws else None)
-
-
-def _rms(x: Tensor, out: Tensor) -> None:
-    torch.div(torch.linalg.vector_norm(x), x.numel() ** 0.5, out=out)
+        write(param, p - update, None if draws is None else bits_of_matrix(draws, p.shape))
 
 
 def _move(average: Tensor, new: Tensor, numbers: Numbers) -> None:

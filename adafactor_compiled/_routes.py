@@ -41,8 +41,8 @@ def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], 
     if shape_class.device.type != "cpu" or torch.compiler.is_compiling():
         step_class(members, torch.stack(tables))
     else:
-        contiguous = shape_class.factored and _layout_of(shape_class) == "contiguous"
-        _eager.step_members(shape_class, members, tables, numbers, contiguous)
+        in_parts = _layout_of(shape_class) == "contiguous"  # small kernels are quicker as a whole
+        _eager.step_members(shape_class, members, tables, numbers, in_parts)
 
 
 def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
