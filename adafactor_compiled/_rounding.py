@@ -109,5 +109,4 @@ def rounded(x: Tensor, bits: Tensor, dtype: torch.dtype) -> Tensor:
     floor = torch.where(floor > above, floor - spacing, floor)
     least, most = (1e-30, 2.0**100) if dtype is torch.bfloat16 else (0.0, 65504.0)
     size = x.abs()
-    # One comparison of floats: Inductor takes an `&` of two through integers.
-    return torch.where((size - least) * (most - size) > 0.0, floor, x)
+    return torch.where((size > least) & (size < most), floor, x)
