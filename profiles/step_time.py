@@ -157,7 +157,7 @@ def draw(result: dict[str, Any]) -> Any:
     ticks = [0.5, 1, 2, 5, 10, 20, 50]
     axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.minorticks_off()
-    figure.legend(loc="outside lower center", ncols=4)
+    figure.legend(loc="outside lower center", ncols=3)
     return figure
 
 
