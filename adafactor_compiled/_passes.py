@@ -19,11 +19,6 @@ from adafactor_compiled._rounding import bits_of_matrix, bits_of_vectors, rounde
 Runner = Callable[..., Any]
 
 
-def run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
-    """The runner that does nothing but run."""
-    return function(*arguments)
-
-
 class Members(NamedTuple):
     """The tensors of k parameters of one shape class, each field a list of k (empty where the class has none)."""
 

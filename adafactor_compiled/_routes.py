@@ -25,7 +25,6 @@ from adafactor_compiled._rounding import SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
-
 SLICES = 16_384  # kernels of convolutions that are applied together: their factors take 590 KB of 3 x 3 ones
 
 

@@ -6,8 +6,8 @@ is not known once its piece of the row has been read, so that the weighted squar
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -16,7 +16,7 @@ from adafactor_compiled._blocked import Factors, Sums, materialize
 from adafactor_compiled._compile import size_variant
 from adafactor_compiled._depth_first import Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Runner, run_eagerly
+from adafactor_compiled._passes import Runner
 
 
 class PlainSums(NamedTuple):
@@ -66,7 +66,7 @@ class Piece:
         self.x, self.table = x, table
         *self.lead, rows, columns = x.p.shape
         self.blocking = blocking_of(tuple(x.p.shape)) if compiled and can_compile(x.p, x.g) else None
-        self.run = run if self.blocking is not None else run_eagerly
+        self.run = run if self.blocking is not None else _run_eagerly
         whole = self.blocking is None or self.blocking.whole
         self.chunked = None if whole else self.blocking  # too large to be read twice in one go
         block = rows if self.blocking is None else self.blocking.block
@@ -139,6 +139,10 @@ class Piece:
         exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
         row = _unflatten(x.row, -1, self.blocks)
         self.run(_blocked.apply, self.variant, self._cut(x.p), self._cut(x.g), row, exp_avg, f, table, x.draws)
+
+
+def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
+    return function(*arguments)
 
 
 def _unflatten(x: Tensor, dim: int, sizes: Sequence[int]) -> Tensor:
