@@ -13,13 +13,14 @@ of their own. Every size is dynamic, so that one graph serves every matrix of ev
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._rounding import along, bits_of_matrix, write
+from adafactor_compiled._rounding import Along, along, noise, noise_of, write
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -110,14 +111,17 @@ def apply(
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
         exp_avg.copy_(update)
     wide_p = p.to(table.dtype)
-    write(p, wide_p - (wide_p * f.decay + update), None if draws is None else _bits(draws, row, p.shape[-1]))
+    write(p, wide_p - (wide_p * f.decay + update), None if draws is None else _noise(draws, row, p))
 
 
-def _bits(draws: Tensor, row: Tensor, columns: int) -> Tensor:
-    """Random bits for the elements of rows of shape [R], [n, B] or [slices, n, B]."""
-    rows = row.shape[-1] if row.ndim == 1 else row.shape[-2] * row.shape[-1]
-    by_row = along(draws, 0, row.shape[0] if row.ndim == 3 else 1).unsqueeze(-1) ^ along(draws, 1, rows)
-    return materialize(by_row.reshape(row.shape)).unsqueeze(-1) ^ materialize(along(draws, 2, columns))
+def _noise(draws: Tensor, row: Tensor, p: Tensor) -> Tensor:
+    """Of elements p whose rows have shape [R], [n, B] or [slices, n, B]; leading dimensions are flattened to slices."""
+    lead, columns = row.shape[:-2], p.shape[-1]
+    slices, rows = math.prod(lead), math.prod(row.shape[-2:])
+    of_rows, of_columns = (along(draws, axis, slices, count, p.dtype) for axis, count in ((1, rows), (2, columns)))
+    of_rows = Along(*(materialize(x).reshape(row.shape) for x in of_rows))
+    of_columns = Along(*(materialize(x).reshape(*lead, *(1,) * (row.ndim - 1 - len(lead)), columns) for x in of_columns))
+    return noise(of_rows, of_columns)
 
 
 def step_matrix(
@@ -167,8 +171,8 @@ def step_elementwise(
         exp_avg.copy_(update)
     wide_p = p.to(table.dtype)
     elements = (p.numel(), 1, 1) if twin is not None else (p.numel(),)
-    bits = None if draws is None else bits_of_matrix(draws, elements).reshape(p.shape)
-    write(p, wide_p - (wide_p * decay + update), bits)
+    noise = None if draws is None else noise_of(draws, elements, p.dtype).reshape(p.shape)
+    write(p, wide_p - (wide_p * decay + update), noise)
     second_moment.copy_(new)
     if twin is not None:
         twin.copy_(new)

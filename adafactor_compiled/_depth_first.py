@@ -201,4 +201,4 @@ def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: T
 
 def draws_from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
     """The draws of a part that begins at this slice and row."""
-    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0], dtype=draws.dtype, device=draws.device)
+    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0, 0], dtype=draws.dtype, device=draws.device)

@@ -15,7 +15,7 @@ from torch import Tensor
 from adafactor_compiled._depth_first import draws_from, eager_blocking_of
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, step_class
-from adafactor_compiled._rounding import bits_of_matrix, write
+from adafactor_compiled._rounding import noise_of, write
 from adafactor_compiled._shape_class import ShapeClass
 
 WHOLE_NUMEL = 524_288  # elements that are stepped as a whole: 2 MB in float32, and as much for the update
@@ -118,7 +118,7 @@ def _apply(
     if p is param:
         p.sub_(update)
     else:
-        write(param, p - update, None if draws is None else bits_of_matrix(draws, p.shape))
+        write(param, p - update, None if draws is None else noise_of(draws, p.shape, param.dtype))
 
 
 def _move(average: Tensor, new: Tensor, numbers: Numbers) -> None:

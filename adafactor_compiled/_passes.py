@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._rounding import bits_of_matrix, bits_of_vectors, rounded, write
+from adafactor_compiled._rounding import noise_of, noise_of_vectors, rounded, write
 
 # Runs a function on arguments: compiled, or to note what would be compiled. The tuple says what a graph of it depends on.
 Runner = Callable[..., Any]
@@ -73,7 +73,7 @@ def _step_matrices(members: Members, table: Tensor) -> None:
     new = torch._foreach_sub(params, decrease)  # 10
     if members.draws:
         dtype = members.params[0].dtype
-        new = tuple(rounded(x, bits_of_matrix(d, x.shape), dtype) for x, d in zip(new, members.draws, strict=True))
+        new = tuple(rounded(x, noise_of(d, x.shape, dtype), dtype) for x, d in zip(new, members.draws, strict=True))
     torch._foreach_copy_(members.params, new)
 
     torch._foreach_copy_(members.rms, param_rms.unbind())
@@ -94,7 +94,7 @@ class Stacked(NamedTuple):
     exp_avgs: Tensor | None
     rms: Tensor
     update_rms: Tensor
-    draws: Tensor | None = None  # [k, 6]
+    draws: Tensor | None = None  # [k, 7]
 
 
 def with_stacked(members: Members, step: Callable[[Stacked], None]) -> None:
@@ -156,8 +156,8 @@ def apply_stacked(x: Stacked, new: StackedUpdate, table: Tensor, numel: int) -> 
     if x.exp_avgs is not None:  # 8
         update = x.exp_avgs * numbers.beta1 + update * numbers.one_minus_beta1
         x.exp_avgs.copy_(update)
-    bits = None if x.draws is None else bits_of_vectors(x.draws, p.shape[1])
-    write(x.params, p - (p * (numbers.weight_decay * alpha) + update), bits)  # 9, 10
+    noise = None if x.draws is None else noise_of_vectors(x.draws, p.shape[1], x.params.dtype)
+    write(x.params, p - (p * (numbers.weight_decay * alpha) + update), noise)  # 9, 10
 
     x.exp_avg_sqs.copy_(new.exp_avg_sqs)
     x.rms.copy_(param_rms)

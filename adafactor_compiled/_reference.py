@@ -9,7 +9,7 @@ from torch import Tensor
 
 from adafactor_compiled._numbers import unscaled_lr
 from adafactor_compiled._options import Group
-from adafactor_compiled._rounding import bits_of_matrix, write
+from adafactor_compiled._rounding import noise_of, write
 
 
 def step_parameter(
@@ -56,7 +56,7 @@ def step_parameter(
         p.sub_(p * (group["weight_decay"] * alpha))
     p.sub_(update)  # 10
     if p is not param:
-        write(param, p, None if draws is None else bits_of_matrix(draws, p.shape))
+        write(param, p, None if draws is None else noise_of(draws, p.shape, param.dtype))
 
 
 def rms(x: Tensor) -> Tensor:

@@ -240,5 +240,5 @@ def _on_meta(shape_class: ShapeClass, k: int) -> Members:
         exp_avgs=make(shape, stride) if shape_class.momentum else [],
         rms=contiguous(()),
         update_rms=contiguous(()),
-        draws=[torch.empty(6, dtype=torch.int32, device="meta") for _ in range(k)] if shape_class.rounding else [],
+        draws=[torch.empty(7, dtype=torch.int32, device="meta") for _ in range(k)] if shape_class.rounding else [],
     )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adafactor_compiled._blocked import materialize, sum_twice
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._rounding import bits_of_matrix, write
+from adafactor_compiled._rounding import noise_of, write
 
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
 
@@ -80,8 +80,8 @@ def apply_kernels(
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
         exp_avg.copy_(update)
     wide_p = p.to(table.dtype)
-    bits = None if draws is None else bits_of_matrix(draws, (p.shape[0], rows, columns)).reshape(p.shape)
-    write(p, wide_p - (wide_p * f.decay + update), bits)
+    noise = None if draws is None else noise_of(draws, (p.shape[0], rows, columns), p.dtype).reshape(p.shape)
+    write(p, wide_p - (wide_p * f.decay + update), noise)
 
 
 def _static(size: int) -> int:
