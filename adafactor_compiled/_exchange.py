@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._placements import Split, split_dims, split_of, window_of
+from adafactor_compiled._placements import Origin, Split, origin_of, split_dims, split_of, window_of
 
 Shape = tuple[int, ...]
 
@@ -27,6 +27,7 @@ class Slot(NamedTuple):
     number: int  # among the parameters of the mesh
     split: Split
     window: list[slice]  # of this rank's piece; empty where nothing is laid out by the place of a piece
+    origin: Origin | None  # of the same
     counts: bool  # of replicas only the first adds its sums
     owns_rows: bool  # of the ranks that hold the same rows only the first adds what it knows of them
     first: dict[str, Tensor]
@@ -119,14 +120,15 @@ class Exchange:
 
 def _terms(split: Split, shape: Shape) -> tuple[dict[str, Shape], dict[str, Shape]]:
     """The shapes of what the ranks add up of a parameter, in the first round and in the second."""
+    always: dict[str, Shape] = {"param_sq": (), "nonfinite": ()}
     if split in (Split.VECTOR, Split.SLICES):
-        return {"param_sq": (), "update_sq": ()}, {}
+        return {**always, "update_sq": ()}, {}
     lead, of_rows, of_columns = shape[:-2], shape[:-1], shape[:-2] + shape[-1:]
     if split is Split.ROWS:
-        return {"param_sq": (), "row": lead, "col_sq": of_columns, "weighted_sq": of_columns}, {}
+        return {**always, "row": lead, "col_sq": of_columns, "weighted_sq": of_columns}, {}
     if split is Split.COLUMNS:
-        return {"param_sq": (), "row_sq": of_rows, "weighted_sq": of_rows}, {}
-    return {"param_sq": (), "row_sq": of_rows, "col_sq": of_columns}, {"row": lead, "weighted_sq": lead}
+        return {**always, "row_sq": of_rows, "weighted_sq": of_rows}, {}
+    return {**always, "row_sq": of_rows, "col_sq": of_columns}, {"row": lead, "weighted_sq": lead}
 
 
 def _buffer(
@@ -146,6 +148,7 @@ def _slot(index: int, param: DTensor, summed: list[int], first: dict[str, Tensor
         index,
         split,
         window=window_of(param) if split is Split.GRID else [],
+        origin=origin_of(param),
         counts=all(coordinate[dim] == 0 for dim in summed if dim not in split_by),
         owns_rows=all(coordinate[dim] == 0 for dim in summed if dim not in of_rows),
         first=first,

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafactor_compiled._placements import local
 from adafactor_compiled._plan import Entry, Plan
 
 
@@ -30,14 +31,26 @@ def kept_of(entries: list[Entry], plan: Plan) -> list[Kept | None]:
 
 def _kept(entry: Entry, update_rms: Tensor) -> Kept:
     entry.state["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32, device=entry.param.device)
-    tensors = [entry.param, update_rms, *(x for x in entry.state.values() if isinstance(x, Tensor))]
-    return Kept(torch.isfinite(entry.grad).all(), tensors, [x.detach().clone() for x in tensors])
+    tensors = [local(x) for x in (entry.param, update_rms, *entry.state.values()) if isinstance(x, Tensor)]
+    return Kept(torch.isfinite(local(entry.grad)).all(), tensors, [x.detach().clone() for x in tensors])
 
 
-def put_back(kept: list[Kept | None]) -> list[Tensor | None]:
-    """Undo the steps of gradients that were not finite; whether each entry was skipped, None where it could not be."""
-    for x in kept:
-        if x is not None:
-            for tensor, before in zip(x.tensors, x.before, strict=True):
-                tensor.copy_(torch.where(x.finite, tensor, before))
-    return [None if x is None else ~x.finite for x in kept]
+def put_back(kept: list[Kept | None], finite: list[Tensor | None]) -> list[Tensor | None]:
+    """Undo the steps of gradients that were not finite.
+
+    Args:
+        kept: of every entry.
+        finite: whether the whole gradient is, where this rank has only a piece of it.
+
+    Returns:
+        Whether each entry was skipped, 0-dim; None where it could not be.
+    """
+    return [
+        None if x is None else _undone(x, x.finite if whole is None else whole) for x, whole in zip(kept, finite, strict=True)
+    ]
+
+
+def _undone(kept: Kept, finite: Tensor) -> Tensor:
+    for tensor, before in zip(kept.tensors, kept.before, strict=True):
+        tensor.copy_(torch.where(finite, tensor, before))
+    return ~finite

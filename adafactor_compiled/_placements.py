@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from enum import Enum
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
@@ -21,6 +24,13 @@ class Split(Enum):
     ROWS = "the rows are split: row averages are local, column sums are not"
     COLUMNS = "the columns are split: column averages are local, row sums are not"
     GRID = "any more: neither are local"
+
+
+def local(x: Tensor) -> Tensor:
+    """The piece of this rank; plain tensors are their own."""
+    if isinstance(x, DTensor):
+        x = x.to_local().detach()
+    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
 
 
 def is_split(placement: Placement) -> bool:
@@ -74,9 +84,49 @@ def check_gradient_placements(param: Tensor, grad: Tensor, index: int) -> None:
 
 
 def window_of(param: DTensor) -> list[slice]:
-    """Which part of each dimension this rank holds; defined for the parameters that `check_placements` lets pass."""
+    """Which part of each dimension this rank holds; shorter than `param.ndim` where one is not contiguous."""
     windows = [_window(param, dim) for dim in range(param.ndim)]
     return [x for x in windows if x is not None]
+
+
+class Origin(NamedTuple):
+    """Where the piece of this rank begins in a parameter."""
+
+    slice: int = 0
+    row: int = 0
+    column: int = 0
+
+
+def origin_of(param: DTensor) -> Origin | None:
+    """None, on all ranks alike, where the elements of a piece do not follow one another in slices, rows or columns."""
+    lead, split = param.shape[:-2], split_dims(param).values()
+    if any(dim in split and lead[:dim].numel() > 1 for dim in range(len(lead))):
+        return None
+    if not all(_same_on_all_ranks(param, dim) for dim in range(param.ndim)):
+        return None
+    windows = window_of(param)
+    if len(windows) < param.ndim:
+        return None
+    starts = [window.start for window in windows]
+    first = sum(start * lead[dim + 1 :].numel() for dim, start in enumerate(starts[:-2]))
+    row, column = (0, 0, *starts)[-2:]
+    return Origin(first, row, column)
+
+
+def _same_on_all_ranks(param: DTensor, dim: int) -> bool:
+    """Whether the pieces of all ranks are contiguous in a dimension if one is."""
+    ranks = math.prod(param.device_mesh.size(i) for i, split_by in split_dims(param).items() if split_by == dim)
+    strided = any(isinstance(x, _StridedShard) and x.dim % param.ndim == dim for x in param.placements)
+    return not strided or param.shape[dim] % ranks == 0
+
+
+def check_rounding(param: Tensor, index: int) -> None:
+    """Raise ValueError for a distributed parameter that cannot be rounded stochastically."""
+    if isinstance(param, DTensor) and origin_of(param) is None:
+        raise ValueError(
+            "`stochastic_rounding` draws by an element's place and needs pieces contiguous in slices, rows and columns "
+            f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"
+        )
 
 
 def _window(param: DTensor, dim: int) -> slice | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +12,7 @@ from torch.distributed.tensor import DTensor
 from adafactor_compiled._numbers import numbers_of
 from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._passes import Members
-from adafactor_compiled._placements import check_gradient_placements
+from adafactor_compiled._placements import Origin, check_gradient_placements
 from adafactor_compiled._rounding import draws_of, wants_rounding
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, shape_class_of
 from adafactor_compiled._state import State, complete
@@ -26,6 +26,11 @@ class Entry(NamedTuple):
     grad: Tensor
     state: State
     group: Group
+
+    @property
+    def rounds(self) -> bool:
+        """Stochastically."""
+        return wants_rounding(self.param.dtype, self.group["stochastic_rounding"])
 
 
 class Part(NamedTuple):
@@ -77,8 +82,7 @@ def path_of(group: Group, param: Tensor | None = None) -> str:
 def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     """The plan of a step: the last one, where nothing has changed that it depends on."""
     keys = [
-        (path_of(group, param), shape_class_of(param, grad, group["beta1"] is not None, _rounds(param, group)))
-        for _, param, grad, _, group in entries
+        (path_of(x.group, x.param), shape_class_of(x.param, x.grad, x.group["beta1"] is not None, x.rounds)) for x in entries
     ]
     made_for = [*keys, *((len(entry.state), entry.group["capturable"]) for entry in entries)]
     if last is not None and last.made_for == made_for:
@@ -103,18 +107,14 @@ def members_of(part: Part, entries: list[Entry], update_rms: list[Tensor]) -> Me
         exp_avgs=[state["exp_avg"] for state in states] if momentum else [],
         rms=[state["RMS"] for state in states],
         update_rms=[update_rms[i] for i in part.positions],
-        draws=draws_of_entries(chosen) if part.shape_class.rounding else [],
+        draws=draws_of_entries(chosen, [Origin()] * len(chosen)) if part.shape_class.rounding else [],
     )
 
 
-def _rounds(param: Tensor, group: Group) -> bool:
-    return wants_rounding(param.dtype, group["stochastic_rounding"])
-
-
-def draws_of_entries(entries: list[Entry]) -> list[Tensor]:
-    """What determines the random bits of entries on one device at their step."""
+def draws_of_entries(entries: list[Entry], origins: Sequence[Origin]) -> list[Tensor]:
+    """What determines the noise of entries on one device, or of their pieces, at their step."""
     seeds, positions = [entry.group["rounding_seed"] for entry in entries], [entry.position for entry in entries]
-    return draws_of(seeds, positions, [entry.state["step"] for entry in entries], entries[0].param.device)
+    return draws_of(seeds, positions, origins, [entry.state["step"] for entry in entries], entries[0].param.device)
 
 
 def tables_of(entries: list[Entry]) -> list[Tensor]:

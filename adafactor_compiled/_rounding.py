@@ -28,7 +28,7 @@ from torch import Tensor
 GOLDEN = -0x61C88647  # 2**32 / golden ratio, odd, as an int32
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)  # of a 32-bit mixing function, https://github.com/skeeto/hash-prospector
 # A parameter's draws: keys of its slices, rows and columns, where its piece begins in each, and the step count.
-FIRST, STEP = slice(3, 6), 6
+DRAWS, FIRST, STEP = 7, slice(3, 6), 6
 SWAPPED = [0, 2, 1, 3, 5, 4, 6]  # draws of the transpose
 
 
@@ -37,10 +37,14 @@ def wants_rounding(dtype: torch.dtype, stochastic_rounding: bool) -> bool:
 
 
 def draws_of(
-    seeds: Sequence[int], positions: Sequence[int], steps: Sequence[int | Tensor], device: torch.device
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    origins: Sequence[tuple[int, int, int]],
+    steps: Sequence[int | Tensor],
+    device: torch.device,
 ) -> list[Tensor]:
     """What determines the random bits of each parameter at its step: an int32 vector of seven."""
-    keys = [(*_keys(*x), 0, 0, 0) for x in zip(seeds, positions, strict=True)]
+    keys = [(*_keys(seed, position), *origin) for seed, position, origin in zip(seeds, positions, origins, strict=True)]
     if any(isinstance(step, Tensor) for step in steps):
         counts = torch.stack([torch.as_tensor(step, device=device).to(torch.int32) for step in steps])
         return list(torch.cat([_to_device(keys, device), counts.unsqueeze(-1)], -1).unbind())

@@ -21,7 +21,7 @@ from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._eager import STACK_LEAST, STACK_NUMEL
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, Runner, step_class, step_stacked, with_stacked
-from adafactor_compiled._rounding import SWAPPED
+from adafactor_compiled._rounding import DRAWS, SWAPPED
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
@@ -240,5 +240,5 @@ def _on_meta(shape_class: ShapeClass, k: int) -> Members:
         exp_avgs=make(shape, stride) if shape_class.momentum else [],
         rms=contiguous(()),
         update_rms=contiguous(()),
-        draws=[torch.empty(7, dtype=torch.int32, device="meta") for _ in range(k)] if shape_class.rounding else [],
+        draws=[torch.empty(DRAWS, dtype=torch.int32, device="meta") for _ in range(k)] if shape_class.rounding else [],
     )

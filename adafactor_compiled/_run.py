@@ -21,14 +21,13 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     kept = kept_of(entries, plan)
     count_step(entries)
     tables = tables_of(entries)
-    if exchanges:
-        _run_sharded(plan, entries, tables, exchanges, compiles)
+    finite = _run_sharded(plan, entries, tables, exchanges, compiles) if exchanges else {}
     for part in plan.parts:
         if part.path == "sharded":
             continue
         with range_of_class(part.shape_class, part.path, len(part.positions)):
             _run_part(part, plan, entries, tables, compiles)
-    skipped = put_back(kept)
+    skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
     params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
     return Record(params, tables, rms, plan.update_rms, skipped)
 
@@ -49,12 +48,13 @@ def _plain_numbers(entry: Entry) -> Numbers:
     return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
 
 
-def _run_sharded(plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool) -> None:
+def _run_sharded(
+    plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool
+) -> dict[int, Tensor]:
+    """Whether gradients are finite over all ranks, see `_sharded.step`."""
     chosen = [i for part in plan.parts if part.path == "sharded" for i in part.positions]
-    _sharded.step(
-        exchanges,
-        [
-            _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
-            for i in chosen
-        ],
-    )
+    jobs = [
+        _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
+        for i in chosen
+    ]
+    return _sharded.step(exchanges, jobs)

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled import _blocked
@@ -22,8 +21,8 @@ from adafactor_compiled._depth_first import Matrix
 from adafactor_compiled._exchange import Exchange, Slot
 from adafactor_compiled._options import Group
 from adafactor_compiled._passes import Members, Runner, apply_stacked, put_back, stacked_of, stacked_update
-from adafactor_compiled._placements import Split
-from adafactor_compiled._plan import Entry
+from adafactor_compiled._placements import Origin, Split, local
+from adafactor_compiled._plan import Entry, draws_of_entries
 from adafactor_compiled._shape_class import group_by_class
 from adafactor_compiled._shard_passes import Piece, moving_average
 
@@ -50,14 +49,18 @@ class Job(NamedTuple):
     table: Tensor  # its numbers
     update_rms: Tensor  # written
     compiles: bool  # whether its passes are compiled
+    draws: Tensor | None = None  # for stochastic rounding
 
 
-def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> None:
+def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor]:
     """Step DTensor parameters; collective over their meshes.
 
     Args:
         exchanges: of all DTensor parameters, also of those without a gradient.
         jobs: those that have one.
+
+    Returns:
+        Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group asks.
 
     Raises:
         RuntimeError: before anything has changed, where another rank has other gradients.
@@ -65,9 +68,12 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> None:
     slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
     for exchange in exchanges:
         exchange.clear()
-    pieces = list(_pieces_of(jobs, slots))
+    pieces = list(_pieces_of(_with_draws(jobs, slots), slots))
     for piece in pieces:
         piece.first()
+        for slot, entry, grad in piece.gradients():
+            if entry.group["nonfinite"] == "skip":
+                slot.add(nonfinite=~torch.isfinite(grad).all())
     for exchange in exchanges:
         exchange.sum_first([job.entry.position for job in jobs if job.entry.position in exchange.slots])
     for piece in pieces:
@@ -76,6 +82,21 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> None:
         exchange.sum_second()
     for piece in pieces:
         piece.finish()
+    asking = [job.entry.position for job in jobs if job.entry.group["nonfinite"] == "skip"]
+    return {position: slots[position].first["nonfinite"] == 0 for position in asking}
+
+
+def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
+    """The jobs with what determines the noise of their pieces: that of the same elements of an unsharded parameter."""
+    jobs = list(jobs)
+    rounding = [i for i, job in enumerate(jobs) if job.entry.rounds]
+    for of_device in group_by_class(jobs[i].entry.param.device for i in rounding).values():
+        chosen = [rounding[i] for i in of_device]
+        entries = [jobs[i].entry for i in chosen]
+        origins = [slots[entry.position].origin or Origin() for entry in entries]
+        for i, draws in zip(chosen, draws_of_entries(entries, origins), strict=True):
+            jobs[i] = jobs[i]._replace(draws=draws)
+    return jobs
 
 
 def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Pieces]:
@@ -91,13 +112,6 @@ def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Pieces]
         yield _Vectors(*zip(*(vectors[i] for i in chosen), strict=True))
 
 
-def local(x: Tensor) -> Tensor:
-    """The piece of this rank; plain tensors are their own."""
-    if isinstance(x, DTensor):
-        x = x.to_local().detach()
-    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
-
-
 def local_grad(entry: Entry) -> Tensor:
     """The gradient placed as its parameter is; a sum that is still due over the ranks is taken here."""
     param, grad = entry.param, entry.grad
@@ -107,7 +121,7 @@ def local_grad(entry: Entry) -> Tensor:
 
 
 def pass_of(entry: Entry, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
-    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None, False)
+    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None, entry.rounds)
     return Pass(function, entry.param.device.type, (*static, *variant))
 
 
@@ -119,6 +133,10 @@ def _runner(job: Job) -> Runner:
 
 class _Pieces:
     """Pieces on their way through a step: sums, all_reduce, (sums, all_reduce,) all writes."""
+
+    def gradients(self) -> list[tuple[Slot, Entry, Tensor]]:
+        """The pieces of gradients, placed as the parameters are."""
+        raise NotImplementedError
 
     def first(self) -> None:
         """Put into the first buffer what the ranks add up."""
@@ -133,7 +151,7 @@ class _Pieces:
 class _Matrix(_Pieces):
     def __init__(self, job: Job, slot: Slot) -> None:
         entry, state = job.entry, job.entry.state
-        self.slot, self.table = slot, job.table
+        self.slot, self.entry, self.table = slot, entry, job.table
         *_, self.rows, self.columns = entry.param.shape
         self.numel = entry.param.numel()
         self.row = local(state["exp_avg_sq_row"])
@@ -145,8 +163,12 @@ class _Matrix(_Pieces):
             local(state["exp_avg"]) if entry.group["beta1"] is not None else None,
             state["RMS"].view(1),
             job.update_rms.view(1),
+            job.draws,
         )
         self.piece = Piece(self.x, self.table, _runner(job), job.compiles)
+
+    def gradients(self) -> list[tuple[Slot, Entry, Tensor]]:
+        return [(self.slot, self.entry, self.x.g)]
 
     def summed(self, name: str) -> Tensor:
         """A sum over the ranks, after the first all_reduce."""
@@ -242,7 +264,7 @@ MATRICES: dict[Split, type[_Matrix]] = {
 def _vector_class(job: Job) -> tuple[Any, ...]:
     entry = job.entry
     param, grad, momentum = entry.param, entry.grad, entry.group["beta1"] is not None
-    return local(param).shape, param.shape, param.dtype, grad.dtype, param.device, momentum, job.compiles
+    return local(param).shape, param.shape, param.dtype, grad.dtype, param.device, momentum, entry.rounds, job.compiles
 
 
 class _Vectors(_Pieces):
@@ -251,7 +273,7 @@ class _Vectors(_Pieces):
     def __init__(self, jobs: Sequence[Job], slots: Sequence[Slot]) -> None:
         if len(jobs) == 1 and jobs[0].compiles:  # one would be another graph than several: step it twice, side by side
             jobs, slots = [*jobs, *jobs], [*slots, *slots]
-        entries = [job.entry for job in jobs]
+        self.entries = entries = [job.entry for job in jobs]
         self.slots, self.table = slots, torch.stack([job.table for job in jobs])
         self.numel = entries[0].param.numel()
         self.members = Members(
@@ -263,12 +285,15 @@ class _Vectors(_Pieces):
             exp_avgs=[local(x.state["exp_avg"]) for x in entries] if entries[0].group["beta1"] is not None else [],
             rms=[x.state["RMS"] for x in entries],
             update_rms=[job.update_rms for job in jobs],
-            draws=[],
+            draws=[job.draws for job in jobs if job.draws is not None],
         )
         self.stacked = stacked_of(self.members)
         k, n = self.stacked.params.shape
         self.variant = size_variant(k, n, self.numel)
         self.run = _runner(jobs[0] if n > 0 else jobs[0]._replace(compiles=False))
+
+    def gradients(self) -> list[tuple[Slot, Entry, Tensor]]:
+        return list(zip(self.slots, self.entries, self.members.grads, strict=True))
 
     def first(self) -> None:
         self.new = self.run(stacked_update, self.variant, self.stacked, self.table)

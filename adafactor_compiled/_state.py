@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled import _placements
 from adafactor_compiled._options import EXECUTION, OPTIONS, Group, check_options
+from adafactor_compiled._rounding import wants_rounding
 from adafactor_compiled._shape_class import compute_dtype
 
 State = dict[str, Any]
@@ -103,7 +104,10 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         check_options(filled[-1], f" (parameter group {index} of the checkpoint)")
     indices = [index for saved in saved_groups for index in saved["params"]]
     params = [param for group in groups for param in group["params"]]
+    rounds = [group["stochastic_rounding"] for group in filled for _ in group["params"]]
     for position, (index, param) in enumerate(zip(indices, params, strict=True)):
+        if wants_rounding(param.dtype, rounds[position]):
+            _placements.check_rounding(param, position)
         if index in state_dict["state"]:
             _check_loaded(state_dict["state"][index], param, position)
     return {**state_dict, "param_groups": filled}

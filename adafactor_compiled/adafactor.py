@@ -20,6 +20,7 @@ from adafactor_compiled._faults import counts_kept_true
 from adafactor_compiled._numbers import unscaled_lr
 from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._plan import Entry, Plan, entries_of, path_of, plan_of
+from adafactor_compiled._rounding import wants_rounding
 from adafactor_compiled._run import run
 from adafactor_compiled._shape_class import group_by_class
 from adafactor_compiled.step_in_backward import StepInBackward
@@ -198,10 +199,8 @@ class Adafactor(Optimizer):
             tensor = param[1] if isinstance(param, tuple) else param
             _options.check_parameter(tensor, index)
             _placements.check_placements(tensor, index)
-            if merged["stochastic_rounding"] and isinstance(tensor, DTensor):
-                raise ValueError(f"`stochastic_rounding` should be False for sharded parameters but is: True{where}")
-            if merged["nonfinite"] == "skip" and isinstance(tensor, DTensor):
-                raise ValueError(f"`nonfinite` should be 'propagate' for sharded parameters but is: 'skip'{where}")
+            if wants_rounding(tensor.dtype, merged["stochastic_rounding"]):
+                _placements.check_rounding(tensor, index)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         _capturable.lr_to_tensor(group)

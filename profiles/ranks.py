@@ -46,7 +46,7 @@ def decoder(layers: int, width: int, hidden: int, tokens: int) -> list[Shape]:
 
 def sent_numbers(shapes: list[Shape]) -> int:
     """What a step of row-sharded parameters adds up over the ranks."""
-    return sum(2 * shape[1] + 3 if len(shape) == 2 else 3 for shape in shapes)
+    return sum(2 * shape[1] + 4 if len(shape) == 2 else 4 for shape in shapes)
 
 
 def paper(ranks: int) -> dict[str, float]:

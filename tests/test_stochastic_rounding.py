@@ -15,8 +15,8 @@ HALF = [torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 
 
-def draws(seed=0, position=0, step=1):
-    return rounding.draws_of([seed], [position], [step], CPU)[0]
+def draws(seed=0, position=0, step=1, origin=(0, 0, 0)):
+    return rounding.draws_of([seed], [position], [origin], [step], CPU)[0]
 
 
 def rounded(x, dtype, **of_draws):

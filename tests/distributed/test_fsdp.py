@@ -78,8 +78,8 @@ def check_one_all_reduce() -> None:
         assert dict(sent.get_comm_counts()) == {torch.ops.c10d.allreduce_: 1}
     (exchange,) = optimizer._exchanges
     matrices = [p for p in params if p.ndim >= 2]
-    sums = sum(p.shape[:-2].numel() * 2 * p.shape[-1] + p.shape[:-2].numel() + 1 if p.ndim == 2 else 2 for p in matrices)
-    vectors = 2 * (len(params) - 1 - len(matrices))
+    sums = sum(p.shape[:-2].numel() * 2 * p.shape[-1] + p.shape[:-2].numel() + 2 if p.ndim == 2 else 3 for p in matrices)
+    vectors = 3 * (len(params) - 1 - len(matrices))
     assert exchange.first.numel() == len(params) - 1 + sums + vectors
     assert exchange.second.numel() == 0
 
