@@ -6,8 +6,6 @@ lane of a vector each; what is written goes over the elements as they lie.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
@@ -18,19 +16,10 @@ from adafactor_compiled._rounding import noise_of, write
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
 
 
-class KernelScales(NamedTuple):
-    """What turns a factored gradient into a step: p <- p - (p * decay + update * scale); both 0-dim."""
-
-    scale: Tensor
-    decay: Tensor
-
-
-def kernel_statistics(
-    p: Tensor, g: Tensor, row: Tensor, col: Tensor, rms: Tensor, update_rms: Tensor, table: Tensor
-) -> KernelScales:
+def kernel_statistics(p: Tensor, g: Tensor, row: Tensor, col: Tensor, sums: Tensor, table: Tensor) -> None:
     """First reads of p, shape [m, n] as a vector is cut, and of g, [N, R, C], N dynamic.
 
-    Brings `row`, [N, R], `col`, [N, C], and both RMS up to date.
+    Brings `row`, [N, R], and `col`, [N, C], up to date, and adds to `sums`, [2]: the squares of parameter and update.
     """
     numbers = Numbers.of(table)
     rows, columns = (_static(size) for size in g.shape[1:])
@@ -45,12 +34,7 @@ def kernel_statistics(
     update_sq = (_sum(terms) * _mean(new_row)).sum()
     row.copy_(torch.stack(new_row, 1))
     col.copy_(torch.stack(new_col, 1))
-
-    new_rms, new_update_rms = (sum_twice(p.to(table.dtype).square()) / p.numel()).sqrt(), (update_sq / p.numel()).sqrt()
-    alpha = step_size(numbers, new_rms)
-    rms.copy_(new_rms)
-    update_rms.copy_(new_update_rms)
-    return KernelScales(numbers.sign * alpha / clip_divisor(numbers, new_update_rms), numbers.weight_decay * alpha)
+    sums.add_(torch.stack([sum_twice(p.to(table.dtype).square()), update_sq]))
 
 
 def apply_kernels(
@@ -59,29 +43,41 @@ def apply_kernels(
     row: Tensor,
     col: Tensor,
     exp_avg: Tensor | None,
-    f: KernelScales,
+    sums: Tensor,
+    rms: Tensor,
+    update_rms: Tensor,
     table: Tensor,
+    numel: int,
     draws: Tensor | None = None,
 ) -> None:
     """Second reads of p and g, shape [N, R * C], and the only write of p; the factors of few slices stay in cache.
 
-    One loop over the elements of a slice: as [N, R, C] each row of a slice would be a short, slow vector of its own.
+    Brings both RMS up to date, from the sums over all `numel` elements. One loop over the elements of a slice: as [N, R, C]
+    each row of a slice would be a short, slow vector of its own.
     """
     numbers = Numbers.of(table)
     rows, columns = _static(row.shape[1]), _static(col.shape[1])
     for x in (p, g) if exp_avg is None else (p, g, exp_avg):
         _static(x.shape[1])
+    new_rms, new_update_rms = (sums / numel).sqrt().unbind()
+    alpha = step_size(numbers, new_rms)
+    scale = materialize(numbers.sign * alpha / clip_divisor(numbers, new_update_rms))
+    decay = materialize(numbers.weight_decay * alpha)
+    rms.copy_(new_rms)
+    update_rms.copy_(new_update_rms)
+
     old_row = [row[:, i] for i in range(rows)]
     row_mean = _mean(old_row)
-    row_factor, col_factor = [(row_mean / x).sqrt() for x in old_row], [col[:, j].rsqrt() for j in range(columns)]
+    # With the scale in the last loop that would be two loops, over slices and over elements: half as fast.
+    row_factor, col_factor = [(row_mean / x).sqrt() * scale for x in old_row], [col[:, j].rsqrt() for j in range(columns)]
     factor = materialize(torch.stack([x * y for x in row_factor for y in col_factor], 1))
-    update = g.to(table.dtype) * factor * f.scale
+    update = g.to(table.dtype) * factor
     if exp_avg is not None:
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
         exp_avg.copy_(update)
     wide_p = p.to(table.dtype)
     noise = None if draws is None else noise_of(draws, (p.shape[0], rows, columns), p.dtype).reshape(p.shape)
-    write(p, wide_p - (wide_p * f.decay + update), noise)
+    write(p, wide_p - (wide_p * decay + update), noise)
 
 
 def _static(size: int) -> int:
