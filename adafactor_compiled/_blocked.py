@@ -28,6 +28,11 @@ def materialize(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
+def static(size: int) -> int:
+    """A size as a constant of the graph: iterating over it specializes the graph on it."""
+    return len([None for _ in range(size)])
+
+
 class Sums(NamedTuple):
     """What a step needs to know of a whole matrix; sums over blocks of rows add up to it."""
 

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adafactor_compiled import _joined
 from adafactor_compiled._depth_first import draws_from, eager_blocking_of
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Members, step_class
+from adafactor_compiled._passes import Members
 from adafactor_compiled._rounding import noise_of, write
 from adafactor_compiled._shape_class import ShapeClass
 
 WHOLE_NUMEL = 524_288  # elements that are stepped as a whole: 2 MB in float32, and as much for the update
-STACK_NUMEL = 65_536  # vectors up to this size are cheaper to copy together than to step one by one,
-STACK_LEAST = 4  # where there are so many of them
+JOINED_LEAST = 4  # short vectors are cheaper to copy together than to step one by one where there are so many of them
 
 
 def step_members(
@@ -28,8 +28,8 @@ def step_members(
 ) -> None:
     """Step a class, large contiguous matrices perhaps in parts; see `_routes.step_eager`."""
     numel = shape_class.numel
-    if not shape_class.factored and numel <= STACK_NUMEL and len(tables) >= STACK_LEAST:
-        step_class(members, torch.stack(tables))
+    if shape_class.joined and len(tables) >= JOINED_LEAST:
+        _joined.step_members(members, tables, lambda function, _, *arguments: function(*arguments))
         return
     step = _step_in_parts if in_parts and numel > WHOLE_NUMEL else _step_whole
     for i, of_member in enumerate(numbers):

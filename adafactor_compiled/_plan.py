@@ -14,7 +14,7 @@ from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._passes import Members
 from adafactor_compiled._placements import Origin, check_gradient_placements
 from adafactor_compiled._rounding import draws_of, wants_rounding
-from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, shape_class_of
+from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, joined, shape_class_of
 from adafactor_compiled._state import State, complete
 
 
@@ -43,7 +43,8 @@ class Part(NamedTuple):
 
 class Plan(NamedTuple):
     made_for: list[Any]
-    parts: list[Part]
+    parts: list[Part]  # shape classes
+    batches: list[Part]  # the same with short vectors of all lengths as one: what is stepped, one after the other
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
 
@@ -91,7 +92,15 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         complete(entry.state, entry.param, entry.group)
     made_for[len(keys) :] = [(len(entry.state), entry.group["capturable"]) for entry in entries]
     parts = [Part(*key, positions) for key, positions in group_by_class(keys).items()]
-    return Plan(made_for, parts, [torch.zeros_like(entry.state["RMS"]) for entry in entries])
+    by_batch = group_by_class(map(_batch_of, keys))
+    batches = [Part(*key, positions) for key, positions in by_batch.items()]
+    return Plan(made_for, parts, batches, [torch.zeros_like(entry.state["RMS"]) for entry in entries])
+
+
+def _batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:
+    path, shape_class = key
+    together = path in ("multi_tensor", "compiled") and not torch.compiler.is_compiling()
+    return path, joined(shape_class) if together else shape_class
 
 
 def members_of(part: Part, entries: list[Entry], update_rms: list[Tensor]) -> Members:

@@ -22,7 +22,7 @@ def range_of_class(shape_class: ShapeClass, path: str, members: int) -> Abstract
     """What a class costs: `Adafactor class: 12 x 768x3072 float32 compiled`."""
     if not profiled():
         return UNNAMED
-    shape = "x".join(map(str, shape_class.shape)) or "scalar"
+    shape = "vectors" if shape_class.joined else "x".join(map(str, shape_class.shape)) or "scalar"
     dtype = str(shape_class.dtype).removeprefix("torch.")
     return record_function(f"{CLASS}{members} x {shape} {dtype} {path}")
 

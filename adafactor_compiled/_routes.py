@@ -1,7 +1,7 @@
 """Which calls step a shape class. The order in which they go through it is the one choice that depends on the device.
 
 - On a CPU: depth-first, one matrix after the other. A matrix that fits in cache is then read from memory once, although a
-  step reads it twice. Vectors are stacked, since a call costs more than they do.
+  step reads it twice. Short vectors, of whatever lengths, go into one call, since a call costs more than they do.
 - Elsewhere (CUDA): breadth-first, k members in each operation. Launches are dear there and caches small.
 """
 
@@ -15,14 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _blocked, _depth_first, _eager, _unrolled
+from adafactor_compiled import _blocked, _depth_first, _eager, _joined, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
 from adafactor_compiled._depth_first import draws_from, writable
-from adafactor_compiled._eager import STACK_LEAST, STACK_NUMEL
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Members, Runner, step_class, step_stacked, with_stacked
+from adafactor_compiled._passes import Members, Runner, step_class
 from adafactor_compiled._rounding import DRAWS, SWAPPED
-from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, same_layout
+from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, joined, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
 SLICES = 65_536  # kernels of convolutions that are stepped together: their factors take 2.4 MB of 3 x 3 ones
@@ -60,7 +59,7 @@ def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor
 
 def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
     """Every compiled call that a step of up to k members can need; nothing is computed."""
-    calls = []
+    shape_class, calls = joined(shape_class), []
 
     def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
         calls.append(Call(_pass_of(shape_class, function, variant), arguments))
@@ -76,9 +75,7 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
 
 def _member_counts(shape_class: ShapeClass, k: int) -> list[int]:
     """Numbers of members that, together, make every call that any number of them, on CUDA up to k, can make."""
-    if shape_class.device.type != "cpu":
-        return [1 << i for i in range(k.bit_length())]
-    return [1] if shape_class.factored else [1, STACK_LEAST]
+    return [1] if shape_class.device.type == "cpu" else [1 << i for i in range(k.bit_length())]
 
 
 def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
@@ -92,8 +89,10 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
         step_class(members, torch.stack(tables))
     elif shape_class.device.type != "cpu":
         step_breadth_first(members, tables, run)
+    elif layout == "joined":
+        _joined.step_members(members, tables, run)
     elif layout == "vector":
-        _step_vectors(shape_class.numel, members, tables, run)
+        _step_elementwise(shape_class.numel, members, members.exp_avg_sqs, [], tables, run)
     elif layout == "pointwise":  # 1 x 1 kernels: row and column are the same whole second moment
         _step_elementwise(shape_class.numel, members, members.cols, members.rows, tables, run)
     elif layout == "kernels":
@@ -108,10 +107,13 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
 @functools.cache
 def _layout_of(shape_class: ShapeClass) -> str | None:
     """How a class lies in memory; None where it is better stepped without compiled calls: empty, one row or column, strided."""
+    if shape_class.joined:
+        return "joined"
     if shape_class.numel == 0:
         return None
     if not shape_class.factored:
-        return "vector"
+        strides = (shape_class.stride, shape_class.grad_stride)
+        return "vector" if all(same_layout(shape_class.shape, stride, (1,)) for stride in strides) else None
     shape, strides = shape_class.shape, (shape_class.stride, shape_class.grad_stride)
     contiguous = contiguous_stride(shape)
     *lead, columns, rows = contiguous_stride(_transposed_shape(shape_class))
@@ -194,13 +196,6 @@ def _step_elementwise(
         )
 
 
-def _step_vectors(numel: int, members: Members, tables: list[Tensor], run: Runner) -> None:
-    if numel > STACK_NUMEL or len(tables) < STACK_LEAST:
-        return _step_elementwise(numel, members, members.exp_avg_sqs, [], tables, run)
-    table = torch.stack(tables)
-    with_stacked(members, lambda stacked: run(step_stacked, size_variant(2, numel), stacked, table))
-
-
 def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> None:
     """Calls of 1, 2, 4, 8, ... members, so that a class of any size, with any gradients missing, uses few graphs."""
     start, k, shape = 0, len(tables), members.params[0].shape
@@ -214,6 +209,7 @@ def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> N
 def _on_meta(shape_class: ShapeClass, k: int) -> Members:
     """k members of a class on the meta device."""
     shape, stride, factored = shape_class.shape, shape_class.stride, shape_class.factored
+    shape = (2,) if shape_class.joined else shape
     dtype = compute_dtype(shape_class.dtype)
 
     def make(shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype = dtype) -> list[Tensor]:

@@ -22,7 +22,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     count_step(entries)
     tables = tables_of(entries)
     finite = _run_sharded(plan, entries, tables, exchanges, compiles) if exchanges else {}
-    for part in plan.parts:
+    for part in plan.batches:
         if part.path == "sharded":
             continue
         with range_of_class(part.shape_class, part.path, len(part.positions)):
@@ -52,7 +52,7 @@ def _run_sharded(
     plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool
 ) -> dict[int, Tensor]:
     """Whether gradients are finite over all ranks, see `_sharded.step`."""
-    chosen = [i for part in plan.parts if part.path == "sharded" for i in part.positions]
+    chosen = [i for part in plan.batches if part.path == "sharded" for i in part.positions]
     jobs = [
         _sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
         for i in chosen

@@ -13,6 +13,9 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
+ANY_LENGTH = (-1,)  # the shape of short vectors that are stepped together
+JOINED_NUMEL = 8_192  # up to here copying a vector twice costs less than a call of its own
+
 Key = TypeVar("Key", bound=Hashable)
 
 
@@ -31,6 +34,11 @@ class ShapeClass(NamedTuple):
         return len(self.shape) >= 2
 
     @property
+    def joined(self) -> bool:
+        """Whether these are short vectors of any lengths."""
+        return self.shape == ANY_LENGTH
+
+    @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
@@ -38,6 +46,13 @@ class ShapeClass(NamedTuple):
 def shape_class_of(param: Tensor, grad: Tensor, momentum: bool, rounding: bool = False) -> ShapeClass:
     strides = param.stride(), grad.stride()
     return ShapeClass(tuple(param.shape), *strides, param.dtype, grad.dtype, param.device, momentum, rounding)
+
+
+def joined(shape_class: ShapeClass) -> ShapeClass:
+    """What short vectors on a CPU have in common with those of other lengths; any other class as it is."""
+    if shape_class.factored or not 0 < shape_class.numel <= JOINED_NUMEL or shape_class.device.type != "cpu":
+        return shape_class
+    return shape_class._replace(shape=ANY_LENGTH, stride=(1,), grad_stride=(1,))
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

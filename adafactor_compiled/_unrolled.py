@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adafactor_compiled._blocked import materialize, sum_twice
+from adafactor_compiled._blocked import materialize, static, sum_twice
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
 from adafactor_compiled._rounding import noise_of, write
 
@@ -22,9 +22,9 @@ def kernel_statistics(p: Tensor, g: Tensor, row: Tensor, col: Tensor, sums: Tens
     Brings `row`, [N, R], and `col`, [N, C], up to date, and adds to `sums`, [2]: the squares of parameter and update.
     """
     numbers = Numbers.of(table)
-    rows, columns = (_static(size) for size in g.shape[1:])
+    rows, columns = (static(size) for size in g.shape[1:])
     for size in (*row.shape[1:], *col.shape[1:]):
-        _static(size)  # strides of a number that is not known take three times as long
+        static(size)  # strides of a number that is not known take three times as long
     squared = [[g[:, i, j].to(table.dtype).square() for j in range(columns)] for i in range(rows)]
     new_row = [_average(row[:, i], _mean(squared[i]), numbers) for i in range(rows)]
     new_col = [_average(col[:, j], _mean([squared[i][j] for i in range(rows)]), numbers) for j in range(columns)]
@@ -56,9 +56,9 @@ def apply_kernels(
     each row of a slice would be a short, slow vector of its own.
     """
     numbers = Numbers.of(table)
-    rows, columns = _static(row.shape[1]), _static(col.shape[1])
+    rows, columns = static(row.shape[1]), static(col.shape[1])
     for x in (p, g) if exp_avg is None else (p, g, exp_avg):
-        _static(x.shape[1])
+        static(x.shape[1])
     new_rms, new_update_rms = (sums / numel).sqrt().unbind()
     alpha = step_size(numbers, new_rms)
     scale = materialize(numbers.sign * alpha / clip_divisor(numbers, new_update_rms))
@@ -78,11 +78,6 @@ def apply_kernels(
     wide_p = p.to(table.dtype)
     noise = None if draws is None else noise_of(draws, (p.shape[0], rows, columns), p.dtype).reshape(p.shape)
     write(p, wide_p - (wide_p * decay + update), noise)
-
-
-def _static(size: int) -> int:
-    """A size as a constant of the graph: iterating over it specializes the graph on it."""
-    return len([None for _ in range(size)])
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -320,7 +320,7 @@ class Adafactor(Optimizer):
             return False  # an outer torch.compile compiles the passes inline
         if self._toolchain_failed or plan is self._ready_for.get(alone):
             return not self._toolchain_failed
-        parts = [part for part in plan.parts if part.path == "compiled"]
+        parts = [part for part in plan.batches if part.path == "compiled"]
         try:
             for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
                 calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]

@@ -29,6 +29,7 @@ from step_time import ROWS, Row
 from torch.autograd.profiler_util import FunctionEvent
 
 from adafactor_compiled._ranges import CLASS, PASS
+from adafactor_compiled._shape_class import JOINED_NUMEL
 
 DEFAULT = ["gpt2", "lora-8b", "resnet50"]
 SHOWN = 10  # classes of a list that are shown on their own
@@ -53,6 +54,9 @@ def bandwidth(rounds: int) -> dict[str, float]:
 def bytes_of_class(name: str, row: Row) -> int:
     """What a step must move for a range "Adafactor class: 12 x 768x3072 float32 compiled": see the top of this script."""
     members, _, text, *_ = name.removeprefix(CLASS).split()
+    if text == "vectors":  # all short ones of the list
+        sizes = [math.prod(shape) for shape in NETWORKS[row.network]() if len(shape) < 2]
+        members, text = "1", str(sum(size for size in sizes if size <= JOINED_NUMEL))
     shape = [] if text == "scalar" else [int(size) for size in text.split("x")]
     numel, state_size = math.prod(shape), 4  # the lists' state is float32
     if len(shape) >= 2:

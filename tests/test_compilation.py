@@ -220,7 +220,7 @@ def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monke
     assert bool(text) == shown
     if shown:
         assert "compiling Adafactor [" in text
-        assert "0/3" in text  # a matrix, and vectors stacked or one by one
+        assert "0/2" in text  # a matrix, and vectors
         assert text.endswith("\r\x1b[K")  # the bar vanishes
     with monkeypatch.context() as patch:  # nothing is left to compile, nothing to show
         patch.setattr(sys, "stderr", again := Terminal())

@@ -1,0 +1,163 @@
+"""Short vectors of any lengths, stepped in one call: a call for each would take longer than their step.
+
+They are laid end to end, each padded to whole blocks of 64 elements: [n, 64]. A block belongs to one vector, so that sums of
+blocks add up to those of their vectors, and each block reads the numbers of its vector.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
+
+from adafactor_compiled._blocked import materialize, static
+from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._passes import Members, Runner
+from adafactor_compiled._rounding import DRAWS, FIRST, noise_of_vectors, write
+
+BLOCK = 64
+
+
+class Places(NamedTuple):
+    """How k vectors lie in n blocks."""
+
+    owner: Tensor  # [n]: the vector of a block
+    filled: Tensor  # [n]: how many elements of a block are its vector's
+    begins: Tensor  # [n, DRAWS]: where in its vector a block begins, as what is added to a vector's draws
+    blocks: Tensor  # [k, m]: the blocks of a vector, n for none
+    numel: Tensor  # [k], float64
+
+
+class Joined(NamedTuple):
+    """k vectors in n blocks; what is one number for each has shape [k]."""
+
+    params: Tensor
+    grads: Tensor
+    exp_avg_sqs: Tensor
+    exp_avgs: Tensor | None
+    rms: Tensor
+    update_rms: Tensor
+    draws: Tensor | None = None  # [k, DRAWS]
+
+
+def step_members(members: Members, tables: Sequence[Tensor], run: Runner) -> None:
+    """Step the vectors of a class; `run` may compile."""
+    if len(tables) == 1:  # one would be another graph than several: step it twice, side by side
+        members, tables = Members(*(x * 2 for x in members)), [*tables, *tables]
+    sizes, device = tuple(x.numel() for x in members.params), tables[0].device
+    x = Joined(
+        _blocks(members.params, sizes),
+        _blocks(members.grads, sizes),
+        _blocks(members.exp_avg_sqs, sizes),
+        _blocks(members.exp_avgs, sizes) if members.exp_avgs else None,
+        tables[0].new_empty(len(sizes)),
+        tables[0].new_empty(len(sizes)),
+        torch.stack(members.draws) if members.draws else None,
+    )
+    run(step_joined, (), x, torch.stack(list(tables)), places_of(sizes, device))
+    _put_back(members.params, x.params, sizes)
+    _put_back(members.exp_avg_sqs, x.exp_avg_sqs, sizes)
+    if x.exp_avgs is not None:
+        _put_back(members.exp_avgs, x.exp_avgs, sizes)
+    torch._foreach_copy_([*members.rms, *members.update_rms], [*x.rms.unbind(), *x.update_rms.unbind()])
+
+
+def step_joined(x: Joined, table: Tensor, places: Places) -> None:
+    """Step k vectors in n blocks in place; `table` holds their `Numbers`, shape [k, len(Numbers)]."""
+    static(x.params.shape[1])
+    numbers, of_block = Numbers.of(table), Numbers.of(table[places.owner]).unsqueeze(1)
+    p, g = x.params.to(table.dtype), x.grads.to(table.dtype)
+    v = x.exp_avg_sqs * of_block.beta2 + (g * g + of_block.eps) * of_block.one_minus_beta2  # 5
+    update = g * v.rsqrt()
+    inside = torch.arange(BLOCK, device=p.device) < places.filled.unsqueeze(1)  # padding is 0 / 0 without eps
+    rms = (_sums(p * p, places) / places.numel).to(table.dtype).sqrt()  # 2
+    update_rms = (_sums(torch.where(inside, update * update, 0.0), places) / places.numel).to(table.dtype).sqrt()  # 6
+    alpha = step_size(numbers, rms)  # 3, 4
+    scale = materialize(numbers.sign * alpha / clip_divisor(numbers, update_rms))
+    decay = materialize(numbers.weight_decay * alpha)
+
+    update = update * scale[places.owner].unsqueeze(1)  # 7
+    if x.exp_avgs is not None:  # 8
+        update = x.exp_avgs * of_block.beta1 + update * of_block.one_minus_beta1
+        x.exp_avgs.copy_(update)
+    noise = None
+    if x.draws is not None:
+        noise = noise_of_vectors(x.draws[places.owner] + places.begins, BLOCK, x.params.dtype)
+    write(x.params, p - (p * decay[places.owner].unsqueeze(1) + update), noise)  # 9, 10
+    x.exp_avg_sqs.copy_(v)
+    x.rms.copy_(rms)
+    x.update_rms.copy_(update_rms)
+
+
+def _sums(x: Tensor, places: Places) -> Tensor:
+    """The sum of each vector, shape [k]."""
+    of_blocks = x.sum(-1)
+    return materialize(torch.cat([of_blocks, of_blocks.new_zeros(1)]))[places.blocks].sum(-1)
+
+
+def places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
+    """Where vectors of these sizes lie; kept from step to step, but for tensors that a dispatch mode may have made."""
+    return (_places_of.__wrapped__ if is_in_torch_dispatch_mode() else _places_of)(sizes, device)
+
+
+@functools.lru_cache(maxsize=256)
+def _places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
+    owner: list[int] = []
+    begins: list[int] = []
+    blocks: list[range] = []
+    for i, size in enumerate(sizes):
+        count = -(-size // BLOCK)
+        blocks.append(range(len(owner), len(owner) + count))
+        owner += [i] * count
+        begins += range(0, count * BLOCK, BLOCK)
+    n, most = len(owner), max(2, *map(len, blocks))
+    columns = FIRST.stop - 1
+    return Places(
+        torch.tensor(owner, device=device),
+        torch.tensor([min(BLOCK, sizes[i] - begin) for i, begin in zip(owner, begins, strict=True)], device=device),
+        torch.tensor([[begin * (j == columns) for j in range(DRAWS)] for begin in begins], dtype=torch.int32, device=device),
+        torch.tensor([[*of_vector, *[n] * (most - len(of_vector))] for of_vector in blocks], device=device),
+        torch.tensor(sizes, dtype=torch.float64, device=device),
+    )
+
+
+class Padding(NamedTuple):
+    """What lies between vectors, where their last blocks are not full."""
+
+    after: list[tuple[int, int]]  # (number of a vector, size of the padding after it), the last one first
+    pieces: list[int]  # the sizes of all vectors and paddings, in order
+    vectors: list[int]  # which pieces are vectors
+
+
+@functools.lru_cache(maxsize=256)
+def _padding_of(sizes: tuple[int, ...]) -> Padding:
+    after = [(i, -size % BLOCK) for i, size in enumerate(sizes) if size % BLOCK]
+    pieces: list[int] = []
+    vectors: list[int] = []
+    for size in sizes:
+        vectors.append(len(pieces))
+        pieces += [size, -size % BLOCK] if size % BLOCK else [size]
+    return Padding(after[::-1], pieces, vectors)
+
+
+def _blocks(vectors: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
+    parts, padding = _flat(vectors), _padding_of(sizes)
+    if padding.after:
+        zeros = vectors[0].new_zeros(BLOCK)
+        for i, size in padding.after:
+            parts.insert(i + 1, zeros[:size])
+    return torch.cat(parts).view(-1, BLOCK)
+
+
+def _put_back(vectors: list[Tensor], blocks: Tensor, sizes: tuple[int, ...]) -> None:
+    padding = _padding_of(sizes)
+    parts = blocks.view(-1).split_with_sizes(padding.pieces)
+    torch._foreach_copy_(_flat(vectors), parts if not padding.after else [parts[i] for i in padding.vectors])
+
+
+def _flat(vectors: list[Tensor]) -> list[Tensor]:
+    return [x if x.ndim else x.view(1) for x in vectors]
