@@ -17,6 +17,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._placements import Origin, Split, origin_of, split_dims, split_of, window_of
+from adafactor_compiled._rounding import wants_rounding
 
 Shape = tuple[int, ...]
 
@@ -27,7 +28,7 @@ class Slot(NamedTuple):
     number: int  # among the parameters of the mesh
     split: Split
     window: list[slice]  # of this rank's piece; empty where nothing is laid out by the place of a piece
-    origin: Origin | None  # of the same
+    origin: Origin | None  # where that piece begins, if it can be rounded stochastically
     counts: bool  # of replicas only the first adds its sums
     owns_rows: bool  # of the ranks that hold the same rows only the first adds what it knows of them
     first: dict[str, Tensor]
@@ -148,7 +149,7 @@ def _slot(index: int, param: DTensor, summed: list[int], first: dict[str, Tensor
         index,
         split,
         window=window_of(param) if split is Split.GRID else [],
-        origin=origin_of(param),
+        origin=origin_of(param) if wants_rounding(param.dtype, True) else None,
         counts=all(coordinate[dim] == 0 for dim in summed if dim not in split_by),
         owns_rows=all(coordinate[dim] == 0 for dim in summed if dim not in of_rows),
         first=first,

@@ -120,13 +120,15 @@ def _same_on_all_ranks(param: DTensor, dim: int) -> bool:
     return not strided or param.shape[dim] % ranks == 0
 
 
-def check_rounding(param: Tensor, index: int) -> None:
+def checked_origin(param: Tensor, index: int) -> Origin:
     """Raise ValueError for a distributed parameter that cannot be rounded stochastically."""
-    if isinstance(param, DTensor) and origin_of(param) is None:
+    origin = origin_of(param) if isinstance(param, DTensor) else Origin()
+    if origin is None:
         raise ValueError(
             "`stochastic_rounding` draws by an element's place and needs pieces contiguous in slices, rows and columns "
-            f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"
+            f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"  # type: ignore[attr-defined]
         )
+    return origin
 
 
 def _window(param: DTensor, dim: int) -> slice | None:

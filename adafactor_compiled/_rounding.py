@@ -11,8 +11,8 @@ noise. The product keeps larger patterns away: of all matrices of signs that a s
 times that of independent signs, where shifts alone would give 10 to 16 times.
 
 The arithmetic is that of floats, since Inductor vectorizes neither a bit cast nor a conversion between integers and bfloat16
-on a CPU, and a hash for each element took half as long as a step. All of it is exact, and stays so where a compiler contracts
-a multiplication and an addition into one.
+on a CPU: a hash for each element took longer than the rest of a step. All of it is exact, and stays so where a compiler
+contracts a multiplication and an addition into one.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def draws_of(
     steps: Sequence[int | Tensor],
     device: torch.device,
 ) -> list[Tensor]:
-    """What determines the random bits of each parameter at its step: an int32 vector of seven."""
+    """What determines the noise of each parameter at its step: an int32 vector of seven."""
     keys = [(*_keys(seed, position), *origin) for seed, position, origin in zip(seeds, positions, origins, strict=True)]
     if any(isinstance(step, Tensor) for step in steps):
         counts = torch.stack([torch.as_tensor(step, device=device).to(torch.int32) for step in steps])

@@ -21,7 +21,7 @@ from adafactor_compiled._depth_first import Matrix
 from adafactor_compiled._exchange import Exchange, Slot
 from adafactor_compiled._options import Group
 from adafactor_compiled._passes import Members, Runner, apply_stacked, put_back, stacked_of, stacked_update
-from adafactor_compiled._placements import Origin, Split, local
+from adafactor_compiled._placements import Split, checked_origin, local
 from adafactor_compiled._plan import Entry, draws_of_entries
 from adafactor_compiled._shape_class import group_by_class
 from adafactor_compiled._shard_passes import Piece, moving_average
@@ -93,7 +93,8 @@ def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
     for of_device in group_by_class(jobs[i].entry.param.device for i in rounding).values():
         chosen = [rounding[i] for i in of_device]
         entries = [jobs[i].entry for i in chosen]
-        origins = [slots[entry.position].origin or Origin() for entry in entries]
+        # One that has no origin raises here: its option was switched on by hand.
+        origins = [slots[entry.position].origin or checked_origin(entry.param, entry.position) for entry in entries]
         for i, draws in zip(chosen, draws_of_entries(entries, origins), strict=True):
             jobs[i] = jobs[i]._replace(draws=draws)
     return jobs

@@ -107,7 +107,7 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     rounds = [group["stochastic_rounding"] for group in filled for _ in group["params"]]
     for position, (index, param) in enumerate(zip(indices, params, strict=True)):
         if wants_rounding(param.dtype, rounds[position]):
-            _placements.check_rounding(param, position)
+            _placements.checked_origin(param, position)
         if index in state_dict["state"]:
             _check_loaded(state_dict["state"][index], param, position)
     return {**state_dict, "param_groups": filled}

@@ -200,7 +200,7 @@ class Adafactor(Optimizer):
             _options.check_parameter(tensor, index)
             _placements.check_placements(tensor, index)
             if wants_rounding(tensor.dtype, merged["stochastic_rounding"]):
-                _placements.check_rounding(tensor, index)
+                _placements.checked_origin(tensor, index)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
         _capturable.lr_to_tensor(group)

@@ -87,6 +87,13 @@ def check_refused() -> None:
     with pytest.raises(ValueError, match=r"needs pieces contiguous"):
         optimizer.load_state_dict(state)
     assert optimizer.param_groups[0]["stochastic_rounding"] is False
+    before = param.to_local().clone()
+    optimizer.param_groups[0]["stochastic_rounding"] = True
+    param.grad = torch.ones_like(param)
+    with pytest.raises(ValueError, match=r"needs pieces contiguous"):
+        optimizer.step()
+    assert torch.equal(param.to_local(), before)
+    assert optimizer.state[param]["step"] == 0
 
 
 def test_pieces_without_consecutive_places_are_refused(ranks):
