@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,7 @@ from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 32_768  # a block of rows stays in the second-level cache between two reads: 128 KB in float32
 CHUNK_NUMEL = 1_048_576  # what is read twice in one go stays in the last-level cache, p and g: 8 MB in float32
+SMALL_NUMEL = 131_072  # up to here a matrix is one block: 512 KB in float32, and as much for the gradient
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
 
@@ -90,7 +91,8 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
         # A tail of another size is a pass of its own to compile: rather blocks of up to half the size that leave none.
         block = block if block > most // 2 else most
         return Blocking(slices, rows, columns, block, False, CHUNK_NUMEL, CHUNKS_PER_APPLY)
-    if block < min(8, most):  # a prime number of rows, say: one block, its columns summed in one loop
+    # A small matrix stays in cache as one block, and so does one of a prime number of rows, say, for want of another.
+    if slices * rows * columns <= SMALL_NUMEL or block < min(8, most):
         block = rows
     return Blocking(slices, rows, columns, block, True, CHUNK_NUMEL, CHUNKS_PER_APPLY)
 
@@ -136,28 +138,23 @@ def step_members(blocking: Blocking, members: Members, tables: list[Tensor], run
 
 
 @functools.cache
-def _whole_of(blocking: Blocking) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """The shape in which a member is stepped in one call, and what its graph depends on."""
+def _whole_of(blocking: Blocking) -> tuple[Callable[..., None], tuple[int, ...], tuple[int, ...]]:
+    """The pass that steps a member in one call, its shape there, and what its graph depends on."""
     slices, rows, columns, block = blocking[:4]
-    shape = (*(() if slices == 1 else (slices,)), rows // block, block, columns)
-    return shape, size_variant(*shape)
+    lead = () if slices == 1 else (slices,)
+    if block == rows:
+        return _blocked.step_small_matrix, (*lead, rows, columns), size_variant(*lead, rows, columns)
+    shape = (*lead, rows // block, block, columns)
+    return _blocked.step_matrix, shape, size_variant(*shape)
 
 
 def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
-    shape, variant = _whole_of(blocking)
-    run(
-        _blocked.step_matrix,
-        variant,
-        x.p.view(shape),
-        x.g.view(shape),
-        x.row.view(shape[:-1]),
-        x.col.view(shape[:-3] + shape[-1:]),
-        None if x.exp_avg is None else x.exp_avg.view(shape),
-        x.rms,
-        x.update_rms,
-        table,
-        x.draws,
-    )
+    function, shape, variant = _whole_of(blocking)
+    if x.p.shape != shape:
+        of_slices = shape[: blocking.slices > 1] + shape[-1:]
+        x = x._replace(p=x.p.view(shape), g=x.g.view(shape), row=x.row.view(shape[:-1]), col=x.col.view(of_slices))
+        x = x if x.exp_avg is None else x._replace(exp_avg=x.exp_avg.view(shape))
+    run(function, variant, *x[:-1], table, x.draws)
 
 
 def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
