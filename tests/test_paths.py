@@ -17,7 +17,7 @@ from strategies import Group, Parameter, Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
-from adafactor_compiled import Adafactor, _eager, _routes
+from adafactor_compiled import Adafactor, _depth_first, _eager, _routes
 
 
 def realign(optimizer: Adafactor, reference: Adafactor) -> None:
@@ -73,10 +73,13 @@ def test_multi_tensor_in_parts(problem: Problem) -> None:
         check_against_reference(problem, "multi-tensor, in parts", compile=False)
 
 
-@settings(max_examples=100)
+@pytest.mark.parametrize("small", [_depth_first.SMALL_NUMEL, 0], ids=["small matrices as one block", "all in blocks"])
+@settings(max_examples=60)
 @given(problem=problems())
-def test_order_of_the_compiled_path_on_a_cpu(problem: Problem) -> None:
-    with compiled_by(uncompiled):
+def test_order_of_the_compiled_path_on_a_cpu(small: int, problem: Problem) -> None:
+    with compiled_by(uncompiled), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_depth_first, "SMALL_NUMEL", small)
+        patch.setattr(_depth_first, "blocking_of", functools.cache(_depth_first.blocking_of.__wrapped__))
         check_against_reference(problem, "depth-first, uncompiled", compile=True)
 
 
@@ -116,9 +119,9 @@ def problem_of(*shapes: tuple[int, ...], dtype: torch.dtype = FLOAT32, layout: s
 
 # Each entry reaches calls that no other one does.
 FIXED = {
-    "whole matrix, many blocks": problem_of((96, 1024), (128, 1024)),
-    "whole matrix, one block": problem_of((24, 40), (13, 7), (2, 2)),
-    "whole matrix, a prime number of rows": problem_of((61, 1024)),
+    "whole matrix, many blocks": problem_of((192, 1024), (256, 1024)),
+    "small matrices": problem_of((24, 40), (13, 7), (2, 2), (5, 7, 2), (16, 4096)),
+    "whole matrix, a prime number of rows": problem_of((131, 1024)),
     "kernels of convolutions": problem_of((16, 8, 3, 3), (8, 4, 2, 4), (16, 8, 1, 1), beta1=0.9, weight_decay=0.01),
     "leading slices": problem_of((8, 4, 3, 3), (2, 96, 1024), (5, 7, 2)),
     "more than 4096 columns": problem_of((16, 5000)),
@@ -135,12 +138,12 @@ FIXED = {
     "transposed slices": problem_of((3, 24, 40), layout="transposed"),
     "channels-last": problem_of((16, 8, 3, 3), layout="channels_last"),
     "strided": problem_of((24, 40), layout="strided"),
-    "momentum": problem_of((24, 40), (96, 1024), (17,), **MOMENTUM),
+    "momentum": problem_of((24, 40), (192, 1024), (17,), **MOMENTUM),
     "momentum in chunks": problem_of((4101, 1030), **MOMENTUM),
-    "bfloat16": problem_of((24, 40), (96, 1024), (17,), (), dtype=BFLOAT16),
+    "bfloat16": problem_of((24, 40), (192, 1024), (17,), (), dtype=BFLOAT16),
     "bfloat16 in chunks": problem_of((4101, 1030), dtype=BFLOAT16),
-    "float16": problem_of((24, 40), (96, 1024), (17,), (), dtype=FLOAT16),
-    "float64": problem_of((24, 40), (96, 1024), (17,), (), dtype=FLOAT64),
+    "float16": problem_of((24, 40), (192, 1024), (17,), (), dtype=FLOAT16),
+    "float64": problem_of((24, 40), (192, 1024), (17,), (), dtype=FLOAT64),
 }
 
 

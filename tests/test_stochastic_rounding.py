@@ -166,7 +166,7 @@ def optimizer_of(params, **options):
     ids=["bfloat16", "float16, momentum"],
 )
 def test_the_paths_draw_alike(dtype, options):
-    lists = {path: parameters(dtype) for path in PATHS}
+    lists = {path: parameters(dtype, [*SHAPES, (260, 520)]) for path in PATHS}  # the last one in blocks
     for params in lists.values():  # a transposed parameter has its own route
         params.append(torch.nn.Parameter(params[8].detach().T.contiguous().T.clone(memory_format=torch.preserve_format)))
     optimizers = {path: optimizer_of(lists[path], **PATHS[path], **options) for path in PATHS}
