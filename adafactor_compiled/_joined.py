@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adafactor_compiled._blocked import materialize, static
 from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._passes import Members, Runner
+from adafactor_compiled._passes import Members, Runner, Stacked
 from adafactor_compiled._rounding import DRAWS, FIRST, noise_of_vectors, write
 
 BLOCK = 64
@@ -32,24 +32,12 @@ class Places(NamedTuple):
     numel: Tensor  # [k], float64
 
 
-class Joined(NamedTuple):
-    """k vectors in n blocks; what is one number for each has shape [k]."""
-
-    params: Tensor
-    grads: Tensor
-    exp_avg_sqs: Tensor
-    exp_avgs: Tensor | None
-    rms: Tensor
-    update_rms: Tensor
-    draws: Tensor | None = None  # [k, DRAWS]
-
-
 def step_members(members: Members, tables: Sequence[Tensor], run: Runner) -> None:
     """Step the vectors of a class; `run` may compile."""
     if len(tables) == 1:  # one would be another graph than several: step it twice, side by side
         members, tables = Members(*(x * 2 for x in members)), [*tables, *tables]
     sizes, device = tuple(x.numel() for x in members.params), tables[0].device
-    x = Joined(
+    x = Stacked(
         _blocks(members.params, sizes),
         _blocks(members.grads, sizes),
         _blocks(members.exp_avg_sqs, sizes),
@@ -66,8 +54,11 @@ def step_members(members: Members, tables: Sequence[Tensor], run: Runner) -> Non
     torch._foreach_copy_([*members.rms, *members.update_rms], [*x.rms.unbind(), *x.update_rms.unbind()])
 
 
-def step_joined(x: Joined, table: Tensor, places: Places) -> None:
-    """Step k vectors in n blocks in place; `table` holds their `Numbers`, shape [k, len(Numbers)]."""
+def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
+    """Step k vectors in n blocks of shape [n, 64] in place; what is one number for each has shape [k].
+
+    `table` holds their `Numbers`, shape [k, len(Numbers)].
+    """
     static(x.params.shape[1])
     numbers, of_block = Numbers.of(table), Numbers.of(table[places.owner]).unsqueeze(1)
     p, g = x.params.to(table.dtype), x.grads.to(table.dtype)

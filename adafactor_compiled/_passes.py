@@ -86,7 +86,10 @@ def _step_vectors(members: Members, table: Tensor) -> None:
 
 
 class Stacked(NamedTuple):
-    """k vectors of n elements as tensors of shape [k, n]; what is one number for each has shape [k, 1]."""
+    """k vectors of n elements as tensors of shape [k, n]; what is one number for each has shape [k, 1].
+
+    `_joined.py` holds vectors of several lengths in it, in blocks.
+    """
 
     params: Tensor
     grads: Tensor
