@@ -81,37 +81,14 @@ class Along(NamedTuple):
     shift: Tensor
 
 
-class Digits(NamedTuple):
-    """How the noise of a dtype is made of binary digits."""
-
-    kept: int  # behind the point of a significand
-    of_noise: int  # behind its point: one less than float32 has beyond `kept`
-    levels: int  # of a scale, a power of two
-
-    @property
-    def step(self) -> float:
-        """Between two scales; products are even multiples of the last digit of the noise."""
-        return 2.0 ** -((self.of_noise - 1) // 2)
-
-    @property
-    def most(self) -> float:
-        """What a product of two scales does not exceed, with either sign."""
-        return float((self.levels / 2 * self.step) ** 2)
-
-
-DIGITS = {torch.bfloat16: Digits(kept=7, of_noise=15, levels=2048), torch.float16: Digits(kept=10, of_noise=12, levels=1024)}
-
-
 def along(draws: Tensor, axis: int, slices: int, count: int, dtype: torch.dtype) -> Along:
     """The contributions of `count` rows (axis 1) or columns (2), each of shape [..., slices, count] for draws [..., 7]."""
-    digits = DIGITS[dtype]
     of_slice = _mixed(_places(draws, 0, slices))
     bits = _mixed(_places(draws, axis, count).unsqueeze(-2) ^ of_slice.unsqueeze(-1))
-    scale = ((bits & (digits.levels - 1)) - digits.levels // 2).to(torch.float32) * digits.step
-    # Two shifts add up to an odd multiple of the last digit, and with any product to what is not negative.
-    shift = ((bits >> (33 - digits.of_noise)) * 2).to(torch.float32) + 0.5
-    shift = shift * 2.0**-digits.of_noise + (digits.most + 1.0) / 2
-    return Along(scale * 2.0**-23 if axis == 1 else scale, shift * 2.0**-23)
+    # A product and two shifts add up to an odd multiple of 2**-cut below 2**8: exact, and its fraction is never a half.
+    scale = ((bits & 2047) - 1024).clamp(-1020, 1020).to(torch.float32) * 2.0**-6
+    shift = (((bits >> (33 - _cut(dtype))) * 2).to(torch.float32) + 0.5) * 2.0 ** -_cut(dtype)
+    return Along(scale, shift)
 
 
 def _places(draws: Tensor, axis: int, count: int) -> Tensor:
@@ -120,8 +97,13 @@ def _places(draws: Tensor, axis: int, count: int) -> Tensor:
     return places * GOLDEN + key.unsqueeze(-1)
 
 
+def _cut(dtype: torch.dtype) -> int:
+    """The digits of float32 that are lost."""
+    return 16 if dtype is torch.bfloat16 else 13
+
+
 def noise(rows: Along, columns: Along) -> Tensor:
-    """Of contributions of shapes [..., R] and [..., C]: [..., R, C], in units of 2**-23, of which only the fraction counts."""
+    """Of contributions of shapes [..., R] and [..., C]; of the result, shape [..., R, C], only the fraction counts."""
     shift = rows.shift.unsqueeze(-1) + columns.shift.unsqueeze(-2)
     return rows.scale.unsqueeze(-1) * columns.scale.unsqueeze(-2) + shift
 
@@ -148,19 +130,18 @@ def write(param: Tensor, value: Tensor, noise: Tensor | None) -> None:
 def rounded(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:
     """A float32 tensor whose values are float16 or bfloat16 numbers: a neighbour of x, with expectation x.
 
-    The expectation holds to 2**-15 of the distance of the neighbours (2**-12 in float16). float16 or bfloat16 numbers stay as
-    they are, and so does what is beyond the largest finite float16. As bfloat16, what is beyond 2**86, whose square is not
-    finite, becomes NaN, and what is below 2**-118 may be rounded to nearest.
-
-    Noise is added unreduced, and what its whole part adds is subtracted again: two operations less than to reduce it first.
+    The expectation holds to half a digit of float32. float16 or bfloat16 numbers stay as they are, and so does what is beyond
+    the largest finite float16. As bfloat16, what is beyond 2**110, whose square is not finite, becomes NaN, and what is below
+    2**-118 may be rounded to nearest.
     """
-    digits = DIGITS[dtype]
+    fraction = noise - noise.round()
     # y + 2**23 y - 2**23 y rounds y = 0.75 x to a power of two, and that is the largest one which is not above x.
-    shifted = x * (0.75 * 2.0 ** (46 - digits.kept))
-    power = (x * (0.75 * 2.0 ** (23 - digits.kept)) + shifted) - shifted  # 2**23 spacings of `dtype` around x, with its sign
+    digits = 23 - _cut(dtype)  # behind the point of a significand
+    shifted = x * (0.75 * 2.0 ** (23 - digits))
+    spacing = (x * (0.75 * 2.0**-digits) + shifted) - shifted  # of the numbers of `dtype` around x, with the sign of x
     if dtype is torch.float16:
-        power = power.abs().clamp(min=0.5)  # of the subnormal numbers
-    # Beside a number this large a sum is rounded to a multiple of the spacing, and noise to its whole part.
-    large = power * 1.5 if dtype is torch.float16 else power
-    result = ((x + noise * power) + large) - (large + noise * power)
+        spacing = spacing.abs().clamp(min=2.0**-24)  # of the subnormal numbers
+    # Adding and subtracting a number this large rounds to a multiple of the spacing.
+    large = spacing * (1.5 * 2.0**23)
+    result = ((x + fraction * spacing) + large) - large
     return torch.where(x.abs() < 65504.0, result, x) if dtype is torch.float16 else result

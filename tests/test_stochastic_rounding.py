@@ -67,7 +67,7 @@ def test_what_float16_cannot_hold_is_rounded_to_nearest():
 
 
 def test_large_and_small_bfloat16_numbers():
-    x = torch.tensor([2.0**86, -(2.0**86), 1e25, 3e-36, -(2.0**-118)])
+    x = torch.tensor([2.0**110, -(2.0**110), 1e33, 3e-36, -(2.0**-118)])
     y = rounded(x, torch.bfloat16)
     low, high = neighbours(x, torch.bfloat16)
     assert bool(((y == low) | (y == high)).all())
@@ -78,7 +78,7 @@ def test_large_and_small_bfloat16_numbers():
 @pytest.mark.parametrize("value", [1.0 + 2**-12, -1.0 - 2**-9, 1.9999, 1.3333334, 3.1e-5, 0.75 + 2**-11, -255.7, 1e-7])
 def test_unbiased(dtype, value):
     """The share of roundings up is binomial: its draws are independent in pairs. At 6 standard deviations a right one fails
-    once in 5e8 tests. The bias that is allowed, 2**-15 or 2**-12 of a spacing, is far below.
+    once in 5e8 tests. Half a digit of float32, the bias that is allowed, is far below.
 
     The seeds are fixed: what was right once stays right.
     """
@@ -95,7 +95,7 @@ def test_unbiased(dtype, value):
 
 def fractions(draws, shape, dtype=torch.bfloat16):
     """The noise, from -1/2 to 1/2."""
-    noise = rounding.noise_of(draws, shape, dtype) * 2.0**23
+    noise = rounding.noise_of(draws, shape, dtype)
     return (noise - noise.round()).double()
 
 
@@ -139,11 +139,7 @@ def test_noise_is_exact_and_never_half_way(dtype):
     rows, columns = (rounding.along(draw, axis, 1, n, dtype) for axis, n in ((1, 500), (2, 3000)))
     exact = rows.scale.double().mT * columns.scale.double() + rows.shift.double().mT + columns.shift.double()
     assert torch.equal(noise.double(), exact)
-    exact *= 2.0**23
-    assert bool(((exact * 2.0 ** (15 if dtype is torch.bfloat16 else 12)) % 2 == 1).all())
-    # Beside the largest significand the noise neither is negative nor takes away a digit of the sum.
-    assert exact.min().item() >= 0.0
-    assert exact.max().item() + 2.0 ** (8 if dtype is torch.bfloat16 else 11) < 2.0 ** (9 if dtype is torch.bfloat16 else 12)
+    assert bool(((exact * 2.0 ** (16 if dtype is torch.bfloat16 else 13)) % 2 == 1).all())
 
 
 SHAPES = [(6, 8), (6, 8), (5,), (5,), (), (2, 3, 4), (8, 4, 3, 3), (1, 7), (40, 30)]
