@@ -15,7 +15,7 @@ from adafactor_compiled._compile import size_variant
 from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 32_768  # a block of rows stays in the second-level cache between two reads: 128 KB in float32
-CHUNK_NUMEL = 1_048_576  # what is read twice in one go stays in the last-level cache, p and g: 8 MB in float32
+CHUNK_NUMEL = 2_097_152  # what is read twice in one go stays in the last-level cache, p and g: 16 MB in float32
 SMALL_NUMEL = 131_072  # up to here a matrix is one block: 512 KB in float32, and as much for the gradient
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
@@ -190,7 +190,7 @@ def apply_in_chunks(blocking: Blocking, x: Matrix, f: _blocked.Factors, table: T
             part.of(g),
             part.of(row),
             None if exp_avg is None else part.of(exp_avg),
-            f._replace(row_mean=f.row_mean[part.slices], col_factor=f.col_factor[part.slices]),
+            f._replace(scale=f.scale[part.slices], col_factor=f.col_factor[part.slices]),
             table,
             None if x.draws is None else draws_from(x.draws, part.first_slice, part.rows.start),
         )

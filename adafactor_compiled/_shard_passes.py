@@ -133,7 +133,7 @@ class Piece:
         x, table = self.x, self.table
         if self.chunked is not None:
             slices = self.chunked.slices
-            f = f._replace(row_mean=f.row_mean.reshape(slices), col_factor=f.col_factor.reshape(slices, -1))
+            f = f._replace(scale=f.scale.reshape(slices), col_factor=f.col_factor.reshape(slices, -1))
             apply_in_chunks(self.chunked, x, f, table, self.run)
             return
         exp_avg = None if x.exp_avg is None else self._cut(x.exp_avg)
