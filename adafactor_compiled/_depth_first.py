@@ -15,8 +15,10 @@ from adafactor_compiled._compile import size_variant
 from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 32_768  # a block of rows stays in the second-level cache between two reads: 128 KB in float32
+BLOCK_ROWS = 16  # the least: each block costs two more rows to write and read, its sums
 CHUNK_NUMEL = 2_097_152  # what is read twice in one go stays in the last-level cache, p and g: 16 MB in float32
-SMALL_NUMEL = 131_072  # up to here a matrix is one block: 512 KB in float32, and as much for the gradient
+SMALL_NUMEL = 262_144  # up to here a matrix is one block: 1 MB in float32, and as much for the gradient
+SMALL_ROWS = 8_192  # rows that may be summed one after the other without a loss of digits
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
 
@@ -38,6 +40,15 @@ class Part(NamedTuple):
         return x[self.slices, self.rows].view(*self.blocks, *x.shape[2:])
 
 
+class Whole(NamedTuple):
+    """How a matrix is stepped in one call."""
+
+    function: Callable[..., None]
+    shape: tuple[int, ...]  # of p and g there
+    col_shape: tuple[int, ...]
+    variant: tuple[int, ...]  # what its graph depends on
+
+
 class Blocking(NamedTuple):
     """How N slices of R x C, R and C at least 2, are cut into blocks of B rows."""
 
@@ -45,7 +56,7 @@ class Blocking(NamedTuple):
     rows: int
     columns: int
     block: int
-    whole: bool  # stepped in one call; B then divides R
+    whole: Whole | None  # None if it is not stepped in one call; otherwise B divides R
     chunk_numel: int
     chunks_per_apply: int
 
@@ -85,23 +96,33 @@ class Blocking(NamedTuple):
 def blocking_of(shape: tuple[int, ...]) -> Blocking:
     """For compiled passes."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-    most = min(max(2, BLOCK_NUMEL // columns), rows)
+    most = min(max(BLOCK_ROWS, BLOCK_NUMEL // columns), rows)
     block = max(b for b in range(1, most + 1) if rows % b == 0)
     if slices * rows * columns > WHOLE_NUMEL:
         # A tail of another size is a pass of its own to compile: rather blocks of up to half the size that leave none.
         block = block if block > most // 2 else most
-        return Blocking(slices, rows, columns, block, False, CHUNK_NUMEL, CHUNKS_PER_APPLY)
+        return Blocking(slices, rows, columns, block, None, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     # A small matrix stays in cache as one block, and so does one of a prime number of rows, say, for want of another.
-    if slices * rows * columns <= SMALL_NUMEL or block < min(8, most):
+    small = slices * rows * columns <= SMALL_NUMEL and rows <= SMALL_ROWS
+    if small or block < min(8, most):
         block = rows
-    return Blocking(slices, rows, columns, block, True, CHUNK_NUMEL, CHUNKS_PER_APPLY)
+    return Blocking(slices, rows, columns, block, _whole_of(slices, rows, columns, block), CHUNK_NUMEL, CHUNKS_PER_APPLY)
+
+
+def _whole_of(slices: int, rows: int, columns: int, block: int) -> Whole:
+    lead = () if slices == 1 else (slices,)
+    if block == rows:
+        function, shape = _blocked.step_small_matrix, (*lead, rows, columns)
+    else:
+        function, shape = _blocked.step_matrix, (*lead, rows // block, block, columns)
+    return Whole(function, shape, (*lead, columns), size_variant(*shape))
 
 
 @functools.cache
 def eager_blocking_of(shape: tuple[int, ...], chunk_numel: int) -> Blocking:
     """For eager operations, each of which writes as much as it reads: small chunks of one block."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-    return Blocking(slices, rows, columns, min(max(1, chunk_numel // columns), rows), False, chunk_numel, 1)
+    return Blocking(slices, rows, columns, min(max(1, chunk_numel // columns), rows), None, chunk_numel, 1)
 
 
 class Matrix(NamedTuple):
@@ -120,41 +141,28 @@ def writable(x: Tensor) -> Tensor:
     return x.view(1) if x.dtype == torch.float64 else x
 
 
-def step_members(blocking: Blocking, members: Members, tables: list[Tensor], run: Runner) -> None:
-    """Step members whose parameters and gradients are contiguous."""
-    step = _step_whole if blocking.whole else _step_in_chunks
-    for i, table in enumerate(tables):
-        matrix = Matrix(
-            members.params[i],
-            members.grads[i],
-            members.rows[i],
-            members.cols[i],
-            members.exp_avgs[i] if members.exp_avgs else None,
-            writable(members.rms[i]),
-            writable(members.update_rms[i]),
-            members.draws[i] if members.draws else None,
-        )
-        step(blocking, matrix, table, run)
+def step_members(members: Members, tables: list[Tensor], run: Runner) -> None:
+    """Step members of any shapes, R and C at least 2, whose parameters and gradients are contiguous."""
+    params, grads, rows, cols, _, exp_avgs, rms, update_rms, draws = members
+    if tables[0].dtype == torch.float64:
+        rms, update_rms = [writable(x) for x in rms], [writable(x) for x in update_rms]
+    none = [None] * len(tables)
+    matrices = map(Matrix, params, grads, rows, cols, exp_avgs or none, rms, update_rms, draws or none)
+    for x, table in zip(matrices, tables, strict=True):
+        blocking = blocking_of(x.p.shape)
+        if blocking.whole is None:
+            _step_in_chunks(blocking, x, table, run)
+        else:
+            _step_whole(blocking.whole, x, table, run)
 
 
-@functools.cache
-def _whole_of(blocking: Blocking) -> tuple[Callable[..., None], tuple[int, ...], tuple[int, ...]]:
-    """The pass that steps a member in one call, its shape there, and what its graph depends on."""
-    slices, rows, columns, block = blocking[:4]
-    lead = () if slices == 1 else (slices,)
-    if block == rows:
-        return _blocked.step_small_matrix, (*lead, rows, columns), size_variant(*lead, rows, columns)
-    shape = (*lead, rows // block, block, columns)
-    return _blocked.step_matrix, shape, size_variant(*shape)
-
-
-def _step_whole(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:
-    function, shape, variant = _whole_of(blocking)
-    if x.p.shape != shape:
-        of_slices = shape[: blocking.slices > 1] + shape[-1:]
-        x = x._replace(p=x.p.view(shape), g=x.g.view(shape), row=x.row.view(shape[:-1]), col=x.col.view(of_slices))
-        x = x if x.exp_avg is None else x._replace(exp_avg=x.exp_avg.view(shape))
-    run(function, variant, *x[:-1], table, x.draws)
+def _step_whole(whole: Whole, x: Matrix, table: Tensor, run: Runner) -> None:
+    function, shape, col_shape, variant = whole
+    p, g, row, col, exp_avg, rms, update_rms, draws = x
+    if p.shape != shape:
+        p, g, row, col = p.view(shape), g.view(shape), row.view(shape[:-1]), col.view(col_shape)
+        exp_avg = exp_avg if exp_avg is None else exp_avg.view(shape)
+    run(function, variant, p, g, row, col, exp_avg, rms, update_rms, table, draws)
 
 
 def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:

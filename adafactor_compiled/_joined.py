@@ -116,38 +116,41 @@ def _places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
     )
 
 
-class Padding(NamedTuple):
-    """What lies between vectors, where their last blocks are not full."""
+class Layout(NamedTuple):
+    """Vectors and the padding between them, where their last blocks are not full, as pieces of the blocks end to end."""
 
-    after: list[tuple[int, int]]  # (number of a vector, size of the padding after it), the last one first
-    pieces: list[int]  # the sizes of all vectors and paddings, in order
+    padding: list[int]  # sizes, in order
+    order: list[int]  # of pieces: their numbers among the vectors and then the paddings
+    sizes: list[int]  # of pieces
     vectors: list[int]  # which pieces are vectors
 
 
 @functools.lru_cache(maxsize=256)
-def _padding_of(sizes: tuple[int, ...]) -> Padding:
-    after = [(i, -size % BLOCK) for i, size in enumerate(sizes) if size % BLOCK]
-    pieces: list[int] = []
-    vectors: list[int] = []
-    for size in sizes:
-        vectors.append(len(pieces))
-        pieces += [size, -size % BLOCK] if size % BLOCK else [size]
-    return Padding(after[::-1], pieces, vectors)
+def _layout_of(sizes: tuple[int, ...]) -> Layout:
+    layout = Layout([], [], [], [])
+    for i, size in enumerate(sizes):
+        layout.vectors.append(len(layout.order))
+        layout.order.append(i)
+        layout.sizes.append(size)
+        if rest := -size % BLOCK:
+            layout.order.append(len(sizes) + len(layout.padding))
+            layout.sizes.append(rest)
+            layout.padding.append(rest)
+    return layout
 
 
 def _blocks(vectors: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    parts, padding = _flat(vectors), _padding_of(sizes)
-    if padding.after:
-        zeros = vectors[0].new_zeros(BLOCK)
-        for i, size in padding.after:
-            parts.insert(i + 1, zeros[:size])
-    return torch.cat(parts).view(-1, BLOCK)
+    pieces, layout = _flat(vectors), _layout_of(sizes)
+    if layout.padding:
+        zeros = vectors[0].new_zeros(sum(layout.padding)).split_with_sizes(layout.padding)
+        pieces = list(map([*pieces, *zeros].__getitem__, layout.order))
+    return torch.cat(pieces).view(-1, BLOCK)
 
 
 def _put_back(vectors: list[Tensor], blocks: Tensor, sizes: tuple[int, ...]) -> None:
-    padding = _padding_of(sizes)
-    parts = blocks.view(-1).split_with_sizes(padding.pieces)
-    torch._foreach_copy_(_flat(vectors), parts if not padding.after else [parts[i] for i in padding.vectors])
+    layout = _layout_of(sizes)
+    pieces = blocks.view(-1).split_with_sizes(layout.sizes)
+    torch._foreach_copy_(_flat(vectors), list(map(pieces.__getitem__, layout.vectors)))
 
 
 def _flat(vectors: list[Tensor]) -> list[Tensor]:

@@ -18,10 +18,11 @@ from torch import Tensor
 from adafactor_compiled import _blocked, _depth_first, _eager, _joined, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, size_variant
 from adafactor_compiled._depth_first import draws_from, writable
+from adafactor_compiled._direct import Direct
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Members, Runner, step_class
 from adafactor_compiled._rounding import DRAWS, SWAPPED
-from adafactor_compiled._shape_class import ShapeClass, compute_dtype, contiguous_stride, joined, same_layout
+from adafactor_compiled._shape_class import ANY_SHAPE, ShapeClass, compute_dtype, contiguous_stride, joined, same_layout
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
 SLICES = 65_536  # kernels of convolutions that are stepped together: their factors take 2.4 MB of 3 x 3 ones
@@ -46,12 +47,13 @@ def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], 
 def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
     """Step a class with compiled calls."""
 
-    known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members: 3 us less a call
+    known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members
 
     def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
         call = known.get((function, variant))
         if call is None:
-            call = known[function, variant] = compiled(_pass_of(shape_class, function, variant))
+            call = compiled(_pass_of(shape_class, function, variant))
+            call = known[function, variant] = call.for_now() if isinstance(call, Direct) else call
         return call(*arguments)
 
     _step(shape_class, members, tables, run)
@@ -83,6 +85,16 @@ def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tup
     return Pass(function, shape_class.device.type, (*static, *variant))
 
 
+def together(shape_class: ShapeClass) -> ShapeClass:
+    """What a class has in common with others whose members are stepped one by one in the same way; else as it is.
+
+    A class costs 30 us beside its calls, much for one small matrix: so contiguous matrices of all shapes are one on a CPU.
+    """
+    if shape_class.device.type != "cpu" or _layout_of(shape_class) != "contiguous":
+        return shape_class
+    return shape_class._replace(shape=ANY_SHAPE, stride=(), grad_stride=())
+
+
 def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
     layout = _layout_of(shape_class)
     if layout is None:
@@ -98,10 +110,9 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
     elif layout == "kernels":
         _step_kernels(shape_class, members, tables, run)
     elif layout == "contiguous":
-        _depth_first.step_members(_depth_first.blocking_of(shape_class.shape), members, tables, run)
+        _depth_first.step_members(members, tables, run)
     else:
-        blocking = _depth_first.blocking_of(_transposed_shape(shape_class))
-        _depth_first.step_members(blocking, _transposed(members), tables, run)
+        _depth_first.step_members(_transposed(members), tables, run)
 
 
 @functools.cache
@@ -109,6 +120,8 @@ def _layout_of(shape_class: ShapeClass) -> str | None:
     """How a class lies in memory; None where it is better stepped without compiled calls: empty, one row or column, strided."""
     if shape_class.joined:
         return "joined"
+    if shape_class.shape == ANY_SHAPE:
+        return "contiguous"
     if shape_class.numel == 0:
         return None
     if not shape_class.factored:

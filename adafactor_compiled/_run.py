@@ -11,7 +11,7 @@ from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._nonfinite import kept_of, put_back
 from adafactor_compiled._numbers import Numbers, plain_numbers
 from adafactor_compiled._plan import Entry, Part, Plan, count_step, members_of, path_of, tables_of
-from adafactor_compiled._ranges import range_of_class
+from adafactor_compiled._ranges import profiled, range_of_class
 from adafactor_compiled._reference import step_parameter
 from adafactor_compiled.telemetry import Record
 
@@ -22,7 +22,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     count_step(entries)
     tables = tables_of(entries)
     finite = _run_sharded(plan, entries, tables, exchanges, compiles) if exchanges else {}
-    for part in plan.batches:
+    for part in plan.fewer if compiles and not profiled() else plan.batches:
         if part.path == "sharded":
             continue
         with range_of_class(part.shape_class, part.path, len(part.positions)):

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 ANY_LENGTH = (-1,)  # the shape of short vectors that are stepped together
+ANY_SHAPE = (-1, -1)  # the shape of matrices that are stepped one after the other
 JOINED_NUMEL = 8_192  # up to here copying a vector twice costs less than a call of its own
 
 Key = TypeVar("Key", bound=Hashable)

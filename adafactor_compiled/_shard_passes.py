@@ -67,7 +67,7 @@ class Piece:
         *self.lead, rows, columns = x.p.shape
         self.blocking = blocking_of(tuple(x.p.shape)) if compiled and can_compile(x.p, x.g) else None
         self.run = run if self.blocking is not None else _run_eagerly
-        whole = self.blocking is None or self.blocking.whole
+        whole = self.blocking is None or self.blocking.whole is not None
         self.chunked = None if whole else self.blocking  # too large to be read twice in one go
         block = rows if self.blocking is None else self.blocking.block
         self.blocks = (rows // block, block) if rows else (1, 0)

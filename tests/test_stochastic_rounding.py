@@ -189,7 +189,7 @@ def test_a_matrix_in_chunks_draws_as_a_whole_one():
     shape = (37, 16)
     whole, chunked = parameters(shapes=[shape]), parameters(shapes=[shape])
     optimizers = [optimizer_of(x, compile=True) for x in (whole, chunked)]
-    small = _depth_first.Blocking(1, 37, 16, 4, whole=False, chunk_numel=128, chunks_per_apply=1)
+    small = _depth_first.Blocking(1, 37, 16, 4, whole=None, chunk_numel=128, chunks_per_apply=1)
     for params, optimizer, blocking in zip((whole, chunked), optimizers, (None, small), strict=True):
         set_gradients(params, 0)
         with pytest.MonkeyPatch.context() as patch:
