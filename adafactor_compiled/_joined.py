@@ -116,41 +116,41 @@ def _places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
     )
 
 
-class Layout(NamedTuple):
-    """Vectors and the padding between them, where their last blocks are not full, as pieces of the blocks end to end."""
+class Pieces(NamedTuple):
+    """What the blocks end to end consist of: vectors and, where their last blocks are not full, the padding between them."""
 
     padding: list[int]  # sizes, in order
-    order: list[int]  # of pieces: their numbers among the vectors and then the paddings
-    sizes: list[int]  # of pieces
+    order: list[int]  # of each piece, its number among the vectors and then the paddings
+    sizes: list[int]  # of each piece
     vectors: list[int]  # which pieces are vectors
 
 
 @functools.lru_cache(maxsize=256)
-def _layout_of(sizes: tuple[int, ...]) -> Layout:
-    layout = Layout([], [], [], [])
+def _pieces_of(sizes: tuple[int, ...]) -> Pieces:
+    pieces = Pieces([], [], [], [])
     for i, size in enumerate(sizes):
-        layout.vectors.append(len(layout.order))
-        layout.order.append(i)
-        layout.sizes.append(size)
+        pieces.vectors.append(len(pieces.order))
+        pieces.order.append(i)
+        pieces.sizes.append(size)
         if rest := -size % BLOCK:
-            layout.order.append(len(sizes) + len(layout.padding))
-            layout.sizes.append(rest)
-            layout.padding.append(rest)
-    return layout
+            pieces.order.append(len(sizes) + len(pieces.padding))
+            pieces.sizes.append(rest)
+            pieces.padding.append(rest)
+    return pieces
 
 
 def _blocks(vectors: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    pieces, layout = _flat(vectors), _layout_of(sizes)
-    if layout.padding:
-        zeros = vectors[0].new_zeros(sum(layout.padding)).split_with_sizes(layout.padding)
-        pieces = list(map([*pieces, *zeros].__getitem__, layout.order))
-    return torch.cat(pieces).view(-1, BLOCK)
+    parts, pieces = _flat(vectors), _pieces_of(sizes)
+    if pieces.padding:
+        zeros = vectors[0].new_zeros(sum(pieces.padding)).split_with_sizes(pieces.padding)
+        parts = list(map([*parts, *zeros].__getitem__, pieces.order))
+    return torch.cat(parts).view(-1, BLOCK)
 
 
 def _put_back(vectors: list[Tensor], blocks: Tensor, sizes: tuple[int, ...]) -> None:
-    layout = _layout_of(sizes)
-    pieces = blocks.view(-1).split_with_sizes(layout.sizes)
-    torch._foreach_copy_(_flat(vectors), list(map(pieces.__getitem__, layout.vectors)))
+    pieces = _pieces_of(sizes)
+    parts = blocks.view(-1).split_with_sizes(pieces.sizes)
+    torch._foreach_copy_(_flat(vectors), list(map(parts.__getitem__, pieces.vectors)))
 
 
 def _flat(vectors: list[Tensor]) -> list[Tensor]:

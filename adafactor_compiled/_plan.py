@@ -14,7 +14,7 @@ from adafactor_compiled._options import Group, check_gradient
 from adafactor_compiled._passes import Members
 from adafactor_compiled._placements import Origin, check_gradient_placements
 from adafactor_compiled._rounding import draws_of, wants_rounding
-from adafactor_compiled._routes import together
+from adafactor_compiled._routes import any_shape
 from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, joined, shape_class_of
 from adafactor_compiled._state import State, complete
 
@@ -46,7 +46,7 @@ class Plan(NamedTuple):
     made_for: list[Any]
     parts: list[Part]  # shape classes
     batches: list[Part]  # the same with short vectors of all lengths as one: what is stepped, one after the other
-    fewer: list[Part]  # the same with all that compiled calls can step in one go; a profiler sees no classes then
+    merged: list[Part]  # batches with matrices of all shapes as one too, for compiled steps that no profiler watches
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
 
@@ -95,8 +95,8 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     made_for[len(keys) :] = [(len(entry.state), entry.group["capturable"]) for entry in entries]
     parts = [Part(*key, positions) for key, positions in group_by_class(keys).items()]
     batches = [Part(*key, positions) for key, positions in group_by_class(map(_batch_of, keys)).items()]
-    fewer = [Part(*key, positions) for key, positions in group_by_class(map(_larger_batch_of, keys)).items()]
-    return Plan(made_for, parts, batches, fewer, [torch.zeros_like(entry.state["RMS"]) for entry in entries])
+    merged = [Part(*key, positions) for key, positions in group_by_class(map(_merged_batch_of, keys)).items()]
+    return Plan(made_for, parts, batches, merged, [torch.zeros_like(entry.state["RMS"]) for entry in entries])
 
 
 def _batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:
@@ -105,9 +105,9 @@ def _batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:
     return path, joined(shape_class) if together else shape_class
 
 
-def _larger_batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:
+def _merged_batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:
     path, shape_class = _batch_of(key)
-    return path, together(shape_class) if path == "compiled" and not torch.compiler.is_compiling() else shape_class
+    return path, any_shape(shape_class) if path == "compiled" and not torch.compiler.is_compiling() else shape_class
 
 
 def members_of(part: Part, entries: list[Entry], update_rms: list[Tensor]) -> Members:

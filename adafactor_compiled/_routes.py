@@ -1,7 +1,8 @@
 """Which calls step a shape class. The order in which they go through it is the one choice that depends on the device.
 
 - On a CPU: depth-first, one matrix after the other. A matrix that fits in cache is then read from memory once, although a
-  step reads it twice. Short vectors, of whatever lengths, go into one call, since a call costs more than they do.
+  step reads it twice. Short vectors, of whatever lengths, go into one call, since a call costs more than they do; contiguous
+  matrices, of whatever shapes, are gone through as one class, since a class costs as much as a small one of them.
 - Elsewhere (CUDA): breadth-first, k members in each operation. Launches are dear there and caches small.
 """
 
@@ -85,11 +86,8 @@ def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tup
     return Pass(function, shape_class.device.type, (*static, *variant))
 
 
-def together(shape_class: ShapeClass) -> ShapeClass:
-    """What a class has in common with others whose members are stepped one by one in the same way; else as it is.
-
-    A class costs 30 us beside its calls, much for one small matrix: so contiguous matrices of all shapes are one on a CPU.
-    """
+def any_shape(shape_class: ShapeClass) -> ShapeClass:
+    """What contiguous matrices on a CPU have in common with those of other shapes; any other class as it is."""
     if shape_class.device.type != "cpu" or _layout_of(shape_class) != "contiguous":
         return shape_class
     return shape_class._replace(shape=ANY_SHAPE, stride=(), grad_stride=())

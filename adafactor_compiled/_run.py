@@ -22,7 +22,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     count_step(entries)
     tables = tables_of(entries)
     finite = _run_sharded(plan, entries, tables, exchanges, compiles) if exchanges else {}
-    for part in plan.fewer if compiles and not profiled() else plan.batches:
+    for part in plan.merged if compiles and not profiled() else plan.batches:
         if part.path == "sharded":
             continue
         with range_of_class(part.shape_class, part.path, len(part.positions)):

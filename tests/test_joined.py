@@ -1,4 +1,4 @@
-"""Short vectors of any lengths in one call: against the reference path, at the edges of blocks and of what is joined."""
+"""What is stepped as one: short vectors of any lengths, against the reference path, at the edges of blocks and of what is joined."""
 
 import pytest
 import torch
@@ -83,6 +83,21 @@ def test_short_vectors_are_stepped_as_one_and_reported_by_their_shapes():
     plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
     assert [len(part.positions) for part in plan.batches] == [len(params) - 1, 1]
     assert len(plan.parts) == len({(p.shape, p.stride()) for p in params}) == len(optimizer.summary().classes)
+
+
+def test_matrices_of_all_shapes_are_one_batch_of_compiled_steps():
+    """But for those that another pass steps: transposed, kernels of convolutions, one row."""
+    together = [torch.zeros(shape) for shape in [(4, 6), (3, 5), (2, 4, 5), (2, 5, 6), (4, 6)]]
+    apart = [torch.zeros(6, 4).mT, torch.zeros(4, 2, 3, 3), torch.zeros(4, 2, 1, 1), torch.zeros(1, 6)]
+    for chosen, merges in (({}, True), ({"compile": False}, False)):
+        params = [*(torch.nn.Parameter(x) for x in (*together, *apart)), *vectors()]
+        optimizer = Adafactor(params, **chosen)
+        set_gradients(params, 0)
+        plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
+        everyone = list(range(len(together)))
+        assert (everyone in [part.positions for part in plan.merged]) == merges
+        assert everyone not in [part.positions for part in plan.batches]
+        assert len(plan.merged) == len(plan.batches) - merges * (len({x.shape for x in together}) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compilers import compiled_by, uncompiled
 
 from adafactor_compiled import Adafactor
 
@@ -159,15 +160,19 @@ def test_main_job_is_deterministic(tmp_path):
     assert compiled["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
 
 
-def test_a_profiler_sees_the_classes_of_a_step():
-    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (4, 3), (5,))]
+@pytest.mark.parametrize(("chosen", "path"), [({"compile": False}, "multi_tensor"), ({}, "compiled")])
+def test_a_profiler_sees_the_classes_of_a_step(chosen, path):
+    params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (2, 3), (4, 3), (5,))]
     for param in params:
         param.grad = torch.ones_like(param)
-    optimizer = Adafactor(params, compile=False)
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+    optimizer = Adafactor(params, **chosen)
+    with (
+        compiled_by(uncompiled),
+        torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
+    ):
         optimizer.step()
     named = sorted(event.name for event in profiler.events() if event.name.startswith("Adafactor class: "))
-    assert named == ["Adafactor class: 1 x vectors float32 multi_tensor", "Adafactor class: 2 x 4x3 float32 multi_tensor"]
+    assert named == [f"Adafactor class: {members} float32 {path}" for members in ("1 x 2x3", "1 x vectors", "2 x 4x3")]
 
 
 @pytest.mark.parametrize(
