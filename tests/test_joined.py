@@ -1,4 +1,4 @@
-"""What is stepped as one: short vectors of any lengths, against the reference path, at the edges of blocks and of what is joined."""
+"""What is stepped as one, short vectors above all: against the reference path, at the edges of blocks and of what is joined."""
 
 import pytest
 import torch
