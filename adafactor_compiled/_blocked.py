@@ -52,7 +52,7 @@ def _statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> tuple[Sums,
     numbers = Numbers.of(table)
     p, g = p.view_as(g).to(table.dtype), g.to(table.dtype)
     # Sums get one loop only if they read something in common: here the sign, once to apply and once to undo it. Additions
-    # wait for the ones before them, so that both take little longer than one: an eighth of a step of 768 x 768.
+    # wait for the ones before them, so that both take little longer than one: a tenth of a step of 768 x 768.
     signed_row_sq, signed_param_sq = ((x * (x * numbers.sign)).sum(-1) for x in (g, p))
     mean_sq = signed_row_sq * numbers.sign / g.shape[-1]
     new_row = materialize(row * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2)

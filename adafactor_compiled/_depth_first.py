@@ -14,7 +14,7 @@ from adafactor_compiled import _blocked
 from adafactor_compiled._compile import size_variant
 from adafactor_compiled._passes import Members, Runner
 
-BLOCK_NUMEL = 32_768  # a block of rows stays in the second-level cache between two reads: 128 KB in float32
+BLOCK_NUMEL = 65_536  # a block of rows stays in the second-level cache between two reads: 256 KB in float32
 BLOCK_ROWS = 16  # the least: each block costs two more rows to write and read, its sums
 CHUNK_NUMEL = 2_097_152  # what is read twice in one go stays in the last-level cache, p and g: 16 MB in float32
 SMALL_NUMEL = 262_144  # up to here a matrix is one block: 1 MB in float32, and as much for the gradient
