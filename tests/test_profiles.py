@@ -43,7 +43,8 @@ class TestCompare:
         timings = shared.compare({"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}, rounds=3, warm_up=2, calls=2)
         assert "".join(calls[:4]) == "aabb"
         rounds = ["".join(calls[i : i + 4]) for i in range(4, 16, 4)]
-        assert len(calls) == 16 and set(rounds) == {"aabb", "bbaa"}  # in either order
+        assert len(calls) == 16
+        assert set(rounds) == {"aabb", "bbaa"}  # in either order
         assert list(timings) == ["a", "b"]
         for timing in timings.values():
             assert 0 < timing.low <= timing.median <= timing.high
