@@ -99,8 +99,8 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
     most = min(max(BLOCK_ROWS, BLOCK_NUMEL // columns), rows)
     block = max(b for b in range(1, most + 1) if rows % b == 0)
     if slices * rows * columns > WHOLE_NUMEL:
-        # A tail of another size is a pass of its own to compile: rather blocks of up to half the size that leave none.
-        block = block if block > most // 2 else most
+        # A tail of another size is a pass of its own to compile: rather smaller blocks that leave none.
+        block = block if block >= min(BLOCK_ROWS, most // 2) else most
         return Blocking(slices, rows, columns, block, None, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     # A small matrix stays in cache as one block, and so does one of a prime number of rows, say, for want of another.
     small = slices * rows * columns <= SMALL_NUMEL and rows <= SMALL_ROWS
