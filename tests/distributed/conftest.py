@@ -12,9 +12,12 @@ from ranks import Ranks
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all tests share
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(n)`: n ranks that are kept for the next test, and made anew after a check has failed on them."""
+    """`ranks(n)`: n ranks that are kept for the next test of a file, and made anew after a check has failed on them.
+
+    Not for longer: gloo polls in a thread for each mesh that ever was, all together half of a two-core machine in the end.
+    """
     kept: dict[int, Ranks] = {}
 
     def get(size: int) -> Ranks:
