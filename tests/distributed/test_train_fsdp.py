@@ -28,7 +28,7 @@ def test_save_and_resume(tmp_path, monkeypatch, capsys):
         [*launch, "--steps", "10", "--eager", "--checkpoint", str(tmp_path / "sharded")],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         env=environment,
     )
     assert done.returncode == 0, done.stderr
