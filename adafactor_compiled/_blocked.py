@@ -55,8 +55,8 @@ def _statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> tuple[Sums,
     # wait for the ones before them, so that both take little longer than one: a tenth of a step of 768 x 768.
     signed_row_sq, signed_param_sq = ((x * (x * numbers.sign)).sum(-1) for x in (g, p))
     mean_sq = signed_row_sq * numbers.sign / g.shape[-1]
-    new_row = materialize(row * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2)
-    root = materialize(new_row.rsqrt())
+    new_row = row * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2
+    root, new_row = materialize(new_row.rsqrt()), materialize(new_row)
     row_sum, param_sq = sum_twice(new_row), sum_twice(signed_param_sq * numbers.sign).sum()
     # Sums over rows go through the sums of each block: a block's columns are read while its rows are in cache.
     col_sq = materialize(g.square().sum(-2)).sum(-2)

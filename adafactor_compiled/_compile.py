@@ -12,7 +12,9 @@ from torch import Tensor
 from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.utils._pytree import tree_map_only
 
-from adafactor_compiled._direct import Direct, example_of, independent_sizes
+from adafactor_compiled import _blocked
+from adafactor_compiled._direct import Direct, example_of, independent_sizes, strided_example_of
+from adafactor_compiled._fusion import JoinBlockLoops
 from adafactor_compiled._progress import progress
 from adafactor_compiled._unrolled import apply_kernels, kernel_statistics
 
@@ -33,7 +35,14 @@ CPU_OPTIONS: dict[str, Any] = {
 
 # Loads and stores with a stride, which Inductor would rather not vectorize at all: 3 x 3 kernels take half the time with it.
 STRIDED = {"cpp.enable_tiling_heuristics": False}
-OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {kernel_statistics: STRIDED, apply_kernels: STRIDED}
+# Passes over a matrix in blocks. Loops over blocks and rows stay apart because examples have strides of their own.
+BLOCKS = {"_post_fusion_custom_pass": JoinBlockLoops()}
+OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {
+    kernel_statistics: STRIDED,
+    apply_kernels: STRIDED,
+    _blocked.statistics: BLOCKS,
+    _blocked.step_matrix: BLOCKS,
+}
 
 
 class Pass(NamedTuple):
@@ -61,8 +70,9 @@ def compiled(key: Pass) -> Callable[..., Any]:
     compile = functools.partial(torch.compile, key.function, dynamic=True, fullgraph=True, isolate_recompiles=True)
     if key.device_type != "cpu":
         return compile()
-    options = {**CPU_OPTIONS, **OPTIONS_OF.get(key.function, {})}
-    return Direct(key.function, lambda backend: compile(backend=backend), options)
+    options = OPTIONS_OF.get(key.function, {})
+    example = strided_example_of if options is BLOCKS else example_of
+    return Direct(key.function, lambda backend: compile(backend=backend), {**CPU_OPTIONS, **options}, example)
 
 
 def size_variant(*sizes: int) -> tuple[int, ...]:
@@ -83,9 +93,12 @@ def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool 
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     for call in progress(missing, "compiling Adafactor", show_progress):
         start = time.perf_counter()
-        make = example_of if device.type == "cpu" else functools.partial(torch.zeros_like, device=device)
-        with independent_sizes():
-            compiled(call.key)(*tree_map_only(Tensor, make, call.arguments))
+        function = compiled(call.key)
+        if isinstance(function, Direct):
+            function.compile(call.arguments)
+        else:
+            with independent_sizes():
+                function(*tree_map_only(Tensor, functools.partial(torch.zeros_like, device=device), call.arguments))
         _ready[call.key] = time.perf_counter() - start
 
 

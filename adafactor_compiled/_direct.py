@@ -35,19 +35,35 @@ def example_of(x: Tensor) -> Tensor:
     return torch.zeros([min(size, EXAMPLE_SIZE) for size in x.shape], dtype=x.dtype)
 
 
+def strided_example_of(x: Tensor) -> Tensor:
+    """An example with strides of its own, of a graph for any strides but the last: none of its loops are merged."""
+    sizes = [min(size, EXAMPLE_SIZE) for size in x.shape]
+    padded = torch.zeros([size + (dim > 0) for dim, size in enumerate(sizes)], dtype=x.dtype)
+    return padded[tuple(slice(size) for size in sizes)]
+
+
 def independent_sizes() -> Any:
     """Within it, sizes that happen to be equal in a first call stay independent in the graph."""
     return symbolic_shapes_config.patch(use_duck_shape=False)  # type: ignore[attr-defined]
 
 
 class Direct:
-    """A pass over plain tensors, compiled by `compile`, that returns None or a named tuple of tensors."""
+    """A pass over plain tensors, compiled by `compile`, that returns None or a named tuple of tensors.
 
-    def __init__(self, function: Callable[..., Any], compile: Callable[[Callable[..., Any]], Graph], options: dict[str, Any]):
+    `example` makes the examples for its arguments.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        compile: Callable[[Callable[..., Any]], Graph],
+        options: dict[str, Any],
+        example: Callable[[Tensor], Tensor] = example_of,
+    ):
         self._name = function.__name__
         parameters = inspect.signature(function).parameters.values()
         self._parameters = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in parameters]
-        self._options = options
+        self._options, self._example = options, example
         self._checked = compile(self._backend)
         self._graphs: dict[int, Graph] = {}  # by the number of threads, which a graph contains
         self._reached: tuple[Graph, list[str], Sequence[Tensor]] | None = None
@@ -55,7 +71,7 @@ class Direct:
     def __call__(self, *arguments: Any) -> Any:
         graph = self._graphs.get(torch.get_num_threads())
         if graph is None:
-            graph = self._compiled(tree_map_only(Tensor, example_of, arguments))
+            graph = self.compile(arguments)
         if profiled():
             with range_of_pass(self._name):
                 return graph(*arguments)
@@ -66,9 +82,10 @@ class Direct:
         graph = self._graphs.get(torch.get_num_threads())
         return self if graph is None or profiled() else graph
 
-    def _compiled(self, examples: tuple[Any, ...]) -> Graph:
-        """The graph for this number of threads, from a call on examples."""
+    def compile(self, arguments: tuple[Any, ...]) -> Graph:
+        """Make the graph for this number of threads, by a call on examples; the arguments may be on the meta device."""
         self._reached = None
+        examples = tree_map_only(Tensor, self._example, arguments)
         with independent_sizes():
             result = self._checked(*examples)
         if self._reached is None:  # Dynamo is off: nothing is compiled, and nothing is kept
