@@ -121,3 +121,29 @@ def test_plan_is_redone_when_the_parameters_change() -> None:
     params[0].data = params[0].data.double()
     params[0].grad = None
     assert step(params, optimizer) is not plan
+
+
+@pytest.mark.parametrize(
+    "grad",
+    [torch.ones(6, 4).mT, torch.ones(4, 7)[:, :6]],
+    ids=["transposed", "strided"],
+)
+def test_plan_is_redone_when_a_gradient_lies_otherwise(grad: torch.Tensor) -> None:
+    params, optimizer = make_optimizer()
+    plan = step(params, optimizer)
+    params[0].grad = grad
+    optimizer.step()
+    assert optimizer._plans[None] is not plan
+
+
+def test_gradient_that_does_not_fit_is_refused_after_ones_that_did() -> None:
+    params, optimizer = make_optimizer()
+    step(params, optimizer)
+    before = [p.detach().clone() for p in params]
+    params[1].grad = None
+    params[1].data = torch.ones(4, 6)
+    params[1].grad = torch.ones(4, 6)
+    params[1].data = torch.ones(6, 4)
+    with pytest.raises(RuntimeError, match="should have its shape"):
+        optimizer.step()
+    assert all(torch.equal(p, b) for p, b in zip([params[0], *params[2:]], [before[0], *before[2:]], strict=True))
