@@ -190,21 +190,12 @@ def _step_elementwise(
     numel: int, members: Members, second_moments: list[Tensor], twins: list[Tensor], tables: list[Tensor], run: Runner
 ) -> None:
     """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
-    shape = _rows_of(numel)
-    for i, table in enumerate(tables):
-        run(
-            _blocked.step_elementwise,
-            (bool(twins), *size_variant(*shape)),
-            members.params[i].view(shape),
-            members.grads[i].view(shape),
-            second_moments[i].view(shape),
-            twins[i].view(shape) if twins else None,
-            members.exp_avgs[i].view(shape) if members.exp_avgs else None,
-            writable(members.rms[i]),
-            writable(members.update_rms[i]),
-            table,
-            members.draws[i] if members.draws else None,
-        )
+    shape, none = _rows_of(numel), [None] * len(tables)
+    large = (members.params, members.grads, second_moments, twins, members.exp_avgs)
+    laid_out = [[x.view(shape) for x in tensors] or none for tensors in large]  # all views first, as in `_depth_first`
+    small = [[writable(x) for x in tensors] for tensors in (members.rms, members.update_rms)]
+    for arguments in zip(*laid_out, *small, tables, members.draws or none, strict=True):
+        run(_blocked.step_elementwise, (bool(twins), *size_variant(*shape)), *arguments)
 
 
 def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> None:
