@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -155,28 +156,37 @@ def _transposed(members: Members) -> Members:
 
 
 def _step_kernels(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
+    all_sums = tables[0].new_zeros(len(tables), 2).unbind()
+    # All views first, as in `_depth_first`.
+    calls = [
+        _kernel_calls(shape_class, members, i, *of_member) for i, of_member in enumerate(zip(tables, all_sums, strict=True))
+    ]
+    for call in chain(*calls):
+        run(*call)
+
+
+def _kernel_calls(shape_class: ShapeClass, members: Members, i: int, table: Tensor, sums: Tensor) -> list[tuple[Any, ...]]:
+    """The calls that step member i: first what sums its parts, then what applies them."""
     *lead, rows, columns = shape_class.shape
-    n, variant, numel = math.prod(lead), (rows, columns), shape_class.numel
-    for i, table in enumerate(tables):
-        p, g = members.params[i].view(n, rows * columns), members.grads[i].view(n, rows * columns)
-        row, col = members.rows[i].view(n, rows), members.cols[i].view(n, columns)
-        exp_avg = members.exp_avgs[i].view(n, rows * columns) if members.exp_avgs else None
-        sums, of_all = table.new_zeros(2), (writable(members.rms[i]), writable(members.update_rms[i]), table, numel)
-        for part in _parts(n):
-            k = part.stop - part.start
-            as_vector, matrices = _rows_of(k * rows * columns), (k, rows, columns)
-            key = (*variant, *size_variant(k, *as_vector))
-            of_part = (p[part].view(as_vector), g[part].view(matrices), row[part], col[part])
-            run(_unrolled.kernel_statistics, key, *of_part, sums, table)
-        for part in _parts(n):
-            draws = draws_from(members.draws[i], part.start, 0) if members.draws else None
-            momentum = None if exp_avg is None else exp_avg[part]
-            key = (*variant, *size_variant(part.stop - part.start))
-            run(_unrolled.apply_kernels, key, p[part], g[part], row[part], col[part], momentum, sums, *of_all, draws)
+    n, size = math.prod(lead), rows * columns
 
+    def parts(x: Tensor, size: int) -> tuple[Tensor, ...]:
+        return torch.split(x.view(n, size), SLICES)
 
-def _parts(n: int) -> Iterator[slice]:
-    return (slice(start, min(start + SLICES, n)) for start in range(0, n, SLICES))
+    params, grads = parts(members.params[i], size), parts(members.grads[i], size)
+    factors = list(zip(parts(members.rows[i], rows), parts(members.cols[i], columns), strict=True))
+    exp_avgs = parts(members.exp_avgs[i], size) if members.exp_avgs else [None] * len(params)
+    of_all = (sums, writable(members.rms[i]), writable(members.update_rms[i]), table, shape_class.numel)
+    first, second = [], []
+    for j, (p, g) in enumerate(zip(params, grads, strict=True)):
+        k = p.shape[0]
+        as_vector, key = _rows_of(k * size), (rows, columns, *size_variant(k))
+        vector_key = (*key, *size_variant(*as_vector))
+        squares = (p.view(as_vector), g.view(k, rows, columns), *factors[j], sums, table)
+        draws = draws_from(members.draws[i], j * SLICES, 0) if members.draws else None
+        first.append((_unrolled.kernel_statistics, vector_key, *squares))
+        second.append((_unrolled.apply_kernels, key, p, g, *factors[j], exp_avgs[j], *of_all, draws))
+    return [*first, *second]
 
 
 @functools.cache
