@@ -33,6 +33,7 @@ class Numbers(NamedTuple):
     one_minus_beta1: Any
     weight_decay: Any
     sign: Any  # -1 to maximize
+    one: Any  # 1, but a graph does not know it
 
     @classmethod
     def of(cls, table: Tensor) -> Numbers:
@@ -73,6 +74,7 @@ def plain_numbers(group: Group, step: Any) -> Numbers:
         one_minus_beta1=1.0 - beta1,
         weight_decay=group["weight_decay"],
         sign=-1.0 if group["maximize"] else 1.0,
+        one=1.0,
     )
 
 
