@@ -155,7 +155,11 @@ def step_members(members: Members, tables: list[Tensor], run: Runner) -> None:
         if blocking.whole is None:
             _step_in_chunks(blocking, x, table, run)
         else:
-            run(blocking.whole.function, blocking.whole.variant, *x[:-1], table, x.draws)
+            _step_whole(blocking.whole, x, table, run)
+
+
+def _step_whole(whole: Whole, x: Matrix, table: Tensor, run: Runner) -> None:
+    run(whole.function, whole.variant, *x[:-1], table, x.draws)
 
 
 def _in_blocks(whole: Whole, x: Matrix) -> Matrix:
