@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,12 +25,17 @@ JOINED_LEAST = 4  # short vectors are cheaper to copy together than to step one 
 
 
 def step_members(
-    shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers], in_parts: bool
+    shape_class: ShapeClass,
+    members: Members,
+    tables: list[Tensor],
+    numbers: Sequence[Numbers],
+    in_parts: bool,
+    kept: dict[str, Any],
 ) -> None:
     """Step a class, large contiguous matrices perhaps in parts; see `_routes.step_eager`."""
     numel = shape_class.numel
     if shape_class.joined and len(tables) >= JOINED_LEAST:
-        _joined.step_members(members, tables, lambda function, _, *arguments: function(*arguments))
+        _joined.step_members(members, tables, lambda function, _, *arguments: function(*arguments), kept)
         return
     step = _step_in_parts if in_parts and numel > WHOLE_NUMEL else _step_whole
     for i, of_member in enumerate(numbers):
@@ -48,17 +54,19 @@ def _step_whole(member: Members, numbers: Numbers) -> None:
         (row,), (col,) = member.rows, member.cols
         for average, dim in ((row, -1), (col, -2)):
             _move(average, update.mean(dim).add_(numbers.eps), numbers)
-        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt_().unsqueeze(-1)
-        torch.mul(g, row_factor, out=update).mul_(col.rsqrt().unsqueeze(-2))
+        relative_row = row / row.mean(-1, keepdim=True)
+        torch.div((_over_columns(update, col) / relative_row).sum(), p.numel(), out=update_rms).sqrt_()  # 6
+        row_factor = relative_row.rsqrt_().mul_(_clipped(alpha, update_rms, numbers))  # 7
+        torch.mul(g, row_factor.unsqueeze(-1), out=update)
+        col_factor = col.rsqrt().unsqueeze(-2)
     else:
         (v,) = member.exp_avg_sqs
         _move(v, update.add_(numbers.eps), numbers)
         torch.mul(g, v.rsqrt(), out=update)
-
-    torch.div(torch.linalg.vector_norm(update), p.numel() ** 0.5, out=update_rms)  # 6
-    update.mul_(_clipped(alpha, update_rms, numbers))  # 7
+        torch.div(torch.linalg.vector_norm(update), p.numel() ** 0.5, out=update_rms)  # 6
+        col_factor = _clipped(alpha, update_rms, numbers)  # 7
     exp_avg = member.exp_avgs[0] if member.exp_avgs else None
-    _apply(param, p, update, exp_avg, alpha, numbers, member.draws[0] if member.draws else None)
+    _apply(param, p, update, col_factor, exp_avg, alpha, numbers, member.draws[0] if member.draws else None)
 
 
 def _step_in_parts(member: Members, numbers: Numbers) -> None:
@@ -75,7 +83,7 @@ def _step_in_parts(member: Members, numbers: Numbers) -> None:
         squared = g * g
         _move(of_row, squared.mean(-1).add_(numbers.eps), numbers)
         col_sq[at].add_(squared.sum((-2, -3)))
-        weighted_sq[at].add_(squared.mul_(of_row.reciprocal().unsqueeze(-1)).sum((-2, -3)))
+        weighted_sq[at].add_(_over_rows(squared, of_row))
     _move(col, col_sq.div_(rows).add_(numbers.eps), numbers)
     row_mean = row.mean(-1, keepdim=True)
 
@@ -88,10 +96,25 @@ def _step_in_parts(member: Members, numbers: Numbers) -> None:
     for part in blocking.chunks():
         of_param, g = part.of(params), part.of(grads).to(rms.dtype)
         update = g * part.of(row_factor).unsqueeze(-1)
-        update.mul_(col_factor[part.slices].unsqueeze(-2).unsqueeze(-2))
+        of_col = col_factor[part.slices].unsqueeze(-2).unsqueeze(-2)
         exp_avg = None if exp_avgs is None else part.of(exp_avgs)
         draws = draws_from(member.draws[0], part.first_slice, part.rows.start) if member.draws else None
-        _apply(of_param, of_param.to(rms.dtype), update, exp_avg, alpha, numbers, draws)
+        _apply(of_param, of_param.to(rms.dtype), update, of_col, exp_avg, alpha, numbers, draws)
+
+
+def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
+    """The sum over the columns of squared / col, shape [..., R]; a matrix is only read, anything else overwritten."""
+    if squared.ndim > 2:
+        return squared.div_(col.unsqueeze(-2)).sum(-1)
+    least = col.min()  # 1 / col might overflow
+    return torch.mv(squared, least / col).div_(least)
+
+
+def _over_rows(squared: Tensor, row: Tensor) -> Tensor:
+    """The sum over the rows of squared / row, shape [..., C], of blocks [..., n, B, C]."""
+    if squared.ndim > 3:
+        return squared.div_(row.unsqueeze(-1)).sum((-2, -3))
+    return torch.mv(squared.flatten(0, 1).mT, row.reciprocal().flatten())
 
 
 def _step_size(rms: Tensor, numbers: Numbers) -> Tensor:
@@ -108,9 +131,23 @@ def _clipped(alpha: Tensor, update_rms: Tensor, numbers: Numbers) -> Tensor:
 
 
 def _apply(
-    param: Tensor, p: Tensor, update: Tensor, exp_avg: Tensor | None, alpha: Tensor, numbers: Numbers, draws: Tensor | None
+    param: Tensor,
+    p: Tensor,
+    update: Tensor,
+    col_factor: Tensor,
+    exp_avg: Tensor | None,
+    alpha: Tensor,
+    numbers: Numbers,
+    draws: Tensor | None,
 ) -> None:
-    """Steps 8 to 10; `p` is `param`, widened where that is half-precision, `update` what may be overwritten."""
+    """Steps 8 to 10; `p` is `param`, widened where that is half-precision.
+
+    `update` may be overwritten and lacks its last factor, so that there is one pass less where p is all it is applied to.
+    """
+    if exp_avg is None and not numbers.weight_decay and p is param:
+        p.addcmul_(update, col_factor, value=-1.0)
+        return
+    update.mul_(col_factor)
     if exp_avg is not None:
         update = exp_avg.mul_(numbers.beta1).add_(update, alpha=numbers.one_minus_beta1)
     if numbers.weight_decay:  # p * (1 - decay) would round 1 - decay, the same way at every step

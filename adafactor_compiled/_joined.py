@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple
+from itertools import accumulate
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,26 +33,50 @@ class Places(NamedTuple):
     numel: Tensor  # [k], float64
 
 
-def step_members(members: Members, tables: Sequence[Tensor], run: Runner) -> None:
-    """Step the vectors of a class; `run` may compile."""
+class Room(NamedTuple):
+    """Where k vectors lie in blocks. It is kept from step to step: to make it takes longer than to step what is in it."""
+
+    x: Stacked
+    places: Places
+    inputs: list[Tensor]  # of each vector: parameters, gradients, second moments, momenta
+    outputs: list[Tensor]  # of each vector: parameters, second moments, momenta, both RMS
+
+
+def step_members(members: Members, tables: Sequence[Tensor], run: Runner, kept: dict[str, Any]) -> None:
+    """Step the vectors of a class; `run` may compile, and `kept` is the same in each step of the same vectors."""
     if len(tables) == 1:  # one would be another graph than several: step it twice, side by side
         members, tables = Members(*(x * 2 for x in members)), [*tables, *tables]
-    sizes, device = tuple(x.numel() for x in members.params), tables[0].device
-    x = Stacked(
-        _blocks(members.params, sizes),
-        _blocks(members.grads, sizes),
-        _blocks(members.exp_avg_sqs, sizes),
-        _blocks(members.exp_avgs, sizes) if members.exp_avgs else None,
-        tables[0].new_empty(len(sizes)),
-        tables[0].new_empty(len(sizes)),
-        torch.stack(members.draws) if members.draws else None,
-    )
-    run(step_joined, (), x, torch.stack(list(tables)), places_of(sizes, device))
-    _put_back(members.params, x.params, sizes)
-    _put_back(members.exp_avg_sqs, x.exp_avg_sqs, sizes)
-    if x.exp_avgs is not None:
-        _put_back(members.exp_avgs, x.exp_avgs, sizes)
-    torch._foreach_copy_([*members.rms, *members.update_rms], [*x.rms.unbind(), *x.update_rms.unbind()])
+    room = kept.get("room")
+    if room is None or is_in_torch_dispatch_mode():
+        room = _room_of(members, tables[0])
+        if not is_in_torch_dispatch_mode():
+            kept["room"] = room
+    room.x.params.zero_()  # where a second moment of padding is 0 the last step has divided 0 by 0
+    torch._foreach_copy_(room.inputs, [*members.params, *members.grads, *members.exp_avg_sqs, *members.exp_avgs])
+    draws = torch.stack(members.draws) if members.draws else None
+    run(step_joined, (), room.x._replace(draws=draws), torch.stack(list(tables)), room.places)
+    outputs = [*members.params, *members.exp_avg_sqs, *members.exp_avgs, *members.rms, *members.update_rms]
+    torch._foreach_copy_(outputs, room.outputs)
+
+
+def _room_of(members: Members, table: Tensor) -> Room:
+    params, of_params = _blocks_like(members.params)
+    grads, of_grads = _blocks_like(members.grads)
+    exp_avg_sqs, of_sqs = _blocks_like(members.exp_avg_sqs)
+    exp_avgs, of_avgs = _blocks_like(members.exp_avgs) if members.exp_avgs else (None, [])
+    rms, update_rms = (table.new_empty(len(members.params)) for _ in range(2))
+    x = Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms)
+    sizes = tuple(x.numel() for x in members.params)
+    outputs = [*of_params, *of_sqs, *of_avgs, *rms.unbind(), *update_rms.unbind()]
+    return Room(x, places_of(sizes, table.device), [*of_params, *of_grads, *of_sqs, *of_avgs], outputs)
+
+
+def _blocks_like(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    """Room for vectors in blocks of zeros, and for each of them."""
+    ends = list(accumulate(-(-x.numel() // BLOCK) for x in vectors))
+    blocks = vectors[0].new_zeros(ends[-1], BLOCK)
+    begins = [BLOCK * end for end in (0, *ends[:-1])]
+    return blocks, [blocks.view(-1)[i : i + x.numel()].view(x.shape) for i, x in zip(begins, vectors, strict=True)]
 
 
 def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
@@ -114,44 +139,3 @@ def _places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
         torch.tensor([[*of_vector, *[n] * (most - len(of_vector))] for of_vector in blocks], device=device),
         torch.tensor(sizes, dtype=torch.float64, device=device),
     )
-
-
-class Pieces(NamedTuple):
-    """What the blocks end to end consist of: vectors and, where their last blocks are not full, the padding between them."""
-
-    padding: list[int]  # sizes, in order
-    order: list[int]  # of each piece, its number among the vectors and then the paddings
-    sizes: list[int]  # of each piece
-    vectors: list[int]  # which pieces are vectors
-
-
-@functools.lru_cache(maxsize=256)
-def _pieces_of(sizes: tuple[int, ...]) -> Pieces:
-    pieces = Pieces([], [], [], [])
-    for i, size in enumerate(sizes):
-        pieces.vectors.append(len(pieces.order))
-        pieces.order.append(i)
-        pieces.sizes.append(size)
-        if rest := -size % BLOCK:
-            pieces.order.append(len(sizes) + len(pieces.padding))
-            pieces.sizes.append(rest)
-            pieces.padding.append(rest)
-    return pieces
-
-
-def _blocks(vectors: list[Tensor], sizes: tuple[int, ...]) -> Tensor:
-    parts, pieces = _flat(vectors), _pieces_of(sizes)
-    if pieces.padding:
-        zeros = vectors[0].new_zeros(sum(pieces.padding)).split_with_sizes(pieces.padding)
-        parts = list(map([*parts, *zeros].__getitem__, pieces.order))
-    return torch.cat(parts).view(-1, BLOCK)
-
-
-def _put_back(vectors: list[Tensor], blocks: Tensor, sizes: tuple[int, ...]) -> None:
-    pieces = _pieces_of(sizes)
-    parts = blocks.view(-1).split_with_sizes(pieces.sizes)
-    torch._foreach_copy_(_flat(vectors), list(map(parts.__getitem__, pieces.vectors)))
-
-
-def _flat(vectors: list[Tensor]) -> list[Tensor]:
-    return [x if x.ndim else x.view(1) for x in vectors]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -42,6 +42,7 @@ class Part(NamedTuple):
     path: str
     shape_class: ShapeClass
     positions: list[int]
+    kept: dict[str, Any]  # what is made in the first of its steps and used in all
 
 
 class Seen:
@@ -137,13 +138,17 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     for entry in entries:
         complete(entry.state, entry.param, entry.group)
     made_for[len(keys) :] = [(len(entry.state), entry.group["capturable"]) for entry in entries]
-    parts = [Part(*key, positions) for key, positions in group_by_class(keys).items()]
-    batches = [Part(*key, positions) for key, positions in group_by_class(map(_batch_of, keys)).items()]
-    merged = [Part(*key, positions) for key, positions in group_by_class(map(_merged_batch_of, keys)).items()]
+    parts = _parts_of(keys)
+    batches = _parts_of(map(_batch_of, keys))
+    merged = _parts_of(map(_merged_batch_of, keys))
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
     plan = Plan(Seen(), made_for, parts, batches, merged, update_rms)
     plan.seen.remember(entries)
     return plan
+
+
+def _parts_of(keys: Iterable[tuple[str, ShapeClass]]) -> list[Part]:
+    return [Part(*key, positions, {}) for key, positions in group_by_class(keys).items()]
 
 
 def _batch_of(key: tuple[str, ShapeClass]) -> tuple[str, ShapeClass]:

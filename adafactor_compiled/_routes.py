@@ -30,7 +30,9 @@ ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
 SLICES = 65_536  # kernels of convolutions that are stepped together: their factors take 2.4 MB of 3 x 3 ones
 
 
-def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers]) -> None:
+def step_eager(
+    shape_class: ShapeClass, members: Members, tables: list[Tensor], numbers: Sequence[Numbers], kept: dict[str, Any]
+) -> None:
     """Step a class with operations as they are.
 
     Args:
@@ -38,15 +40,16 @@ def step_eager(shape_class: ShapeClass, members: Members, tables: list[Tensor], 
         members: its members.
         tables: one vector of numbers for each member.
         numbers: the same as Python numbers, where no input is a tensor.
+        kept: the same in each step of the same members.
     """
     if shape_class.device.type != "cpu" or torch.compiler.is_compiling():
         step_class(members, torch.stack(tables))
     else:
         in_parts = _layout_of(shape_class) == "contiguous"  # small kernels are quicker as a whole
-        _eager.step_members(shape_class, members, tables, numbers, in_parts)
+        _eager.step_members(shape_class, members, tables, numbers, in_parts, kept)
 
 
-def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
+def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor], kept: dict[str, Any]) -> None:
     """Step a class with compiled calls."""
 
     known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members
@@ -58,7 +61,7 @@ def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor
             call = known[function, variant] = call.for_now() if isinstance(call, Direct) else call
         return call(*arguments)
 
-    _step(shape_class, members, tables, run)
+    _step(shape_class, members, tables, run, kept)
 
 
 def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
@@ -73,7 +76,7 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
     for size in _member_counts(shape_class, k):
         members = _on_meta(shape_class, size)
         table = torch.empty(len(Numbers._fields), dtype=members.rms[0].dtype, device="meta")
-        _step(shape_class, members, [table] * size, run)
+        _step(shape_class, members, [table] * size, run, {})
     return calls
 
 
@@ -94,14 +97,14 @@ def any_shape(shape_class: ShapeClass) -> ShapeClass:
     return shape_class._replace(shape=ANY_SHAPE, stride=(), grad_stride=())
 
 
-def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
+def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner, kept: dict[str, Any]) -> None:
     layout = _layout_of(shape_class)
     if layout is None:
         step_class(members, torch.stack(tables))
     elif shape_class.device.type != "cpu":
         step_breadth_first(members, tables, run)
     elif layout == "joined":
-        _joined.step_members(members, tables, run)
+        _joined.step_members(members, tables, run, kept)
     elif layout == "vector":
         _step_elementwise(shape_class.numel, members, members.exp_avg_sqs, [], tables, run)
     elif layout == "pointwise":  # 1 x 1 kernels: row and column are the same whole second moment
