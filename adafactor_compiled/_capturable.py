@@ -6,6 +6,7 @@ anew each time.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -22,7 +23,8 @@ def lr_to_tensor(group: Group) -> None:
     """
     lr, params = group["lr"], group["params"]
     if group["capturable"] and params and isinstance(lr, (int, float)):
-        group["lr"] = torch.tensor(float(lr), dtype=compute_dtype(params[0].dtype), device=params[0].device)
+        dtype = functools.reduce(torch.promote_types, [compute_dtype(param.dtype) for param in params])
+        group["lr"] = torch.tensor(float(lr), dtype=dtype, device=params[0].device)
 
 
 def check_capture(groups: Sequence[Group]) -> None:

@@ -104,7 +104,7 @@ def _step_in_parts(member: Members, numbers: Numbers) -> None:
 
 def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
     """The sum over the columns of squared / col, shape [..., R]; a matrix is only read, anything else overwritten."""
-    if squared.ndim > 2:
+    if squared.ndim > 2 or not squared.numel():
         return squared.div_(col.unsqueeze(-2)).sum(-1)
     least = col.min()  # 1 / col might overflow
     return torch.mv(squared, least / col).div_(least)

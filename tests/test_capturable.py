@@ -73,6 +73,12 @@ def test_numbers_live_in_tensors():
         copied.step()
 
 
+def test_lr_tensor_has_the_widest_dtype_of_its_group():
+    params = [torch.nn.Parameter(torch.ones(3, dtype=dtype)) for dtype in (torch.bfloat16, torch.float64, torch.float32)]
+    optimizer = Adafactor(params, **manual(), capturable=True)
+    assert optimizer.param_groups[0]["lr"].dtype == torch.float64
+
+
 def test_lr_tensor_stays_the_users():
     lr = torch.tensor(0.5)
     optimizer = Adafactor(parameters(), lr=lr, relative_step=False, capturable=True)
