@@ -54,19 +54,22 @@ def _step_whole(member: Members, numbers: Numbers) -> None:
         (row,), (col,) = member.rows, member.cols
         for average, dim in ((row, -1), (col, -2)):
             _move(average, update.mean(dim).add_(numbers.eps), numbers)
-        relative_row = row / row.mean(-1, keepdim=True)
-        torch.div((_over_columns(update, col) / relative_row).sum(), p.numel(), out=update_rms).sqrt_()  # 6
-        row_factor = relative_row.rsqrt_().mul_(_clipped(alpha, update_rms, numbers))  # 7
-        torch.mul(g, row_factor.unsqueeze(-1), out=update)
-        col_factor = col.rsqrt().unsqueeze(-2)
+        row_factor, factor = (row / row.mean(-1, keepdim=True)).rsqrt_(), col.rsqrt().unsqueeze(-2)
+        if g.ndim == 2 and g.numel():  # two passes less; elsewhere, short rows make them slower than the others
+            sums = _over_columns(update, col).mul_(row_factor).mul_(row_factor)
+            torch.div(sums.sum(), g.numel(), out=update_rms).sqrt_()  # 6
+            row_factor.mul_(_clipped(alpha, update_rms, numbers))  # 7
+            torch.mul(g, row_factor.unsqueeze(-1), out=update)
+        else:
+            torch.mul(g, row_factor.unsqueeze(-1), out=update).mul_(factor)
+            factor = _clipped_by_norm(alpha, update, update_rms, numbers)
     else:
         (v,) = member.exp_avg_sqs
         _move(v, update.add_(numbers.eps), numbers)
         torch.mul(g, v.rsqrt(), out=update)
-        torch.div(torch.linalg.vector_norm(update), p.numel() ** 0.5, out=update_rms)  # 6
-        col_factor = _clipped(alpha, update_rms, numbers)  # 7
+        factor = _clipped_by_norm(alpha, update, update_rms, numbers)
     exp_avg = member.exp_avgs[0] if member.exp_avgs else None
-    _apply(param, p, update, col_factor, exp_avg, alpha, numbers, member.draws[0] if member.draws else None)
+    _apply(param, p, update, factor, exp_avg, alpha, numbers, member.draws[0] if member.draws else None)
 
 
 def _step_in_parts(member: Members, numbers: Numbers) -> None:
@@ -103,9 +106,7 @@ def _step_in_parts(member: Members, numbers: Numbers) -> None:
 
 
 def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
-    """The sum over the columns of squared / col, shape [..., R]; a matrix is only read, anything else overwritten."""
-    if squared.ndim > 2 or not squared.numel():
-        return squared.div_(col.unsqueeze(-2)).sum(-1)
+    """The sum over the columns of squared / col, of a matrix."""
     least = col.min()  # 1 / col might overflow
     return torch.mv(squared, least / col).div_(least)
 
@@ -130,11 +131,16 @@ def _clipped(alpha: Tensor, update_rms: Tensor, numbers: Numbers) -> Tensor:
     return alpha if numbers.clip_threshold == math.inf else alpha / divisor
 
 
+def _clipped_by_norm(alpha: Tensor, update: Tensor, update_rms: Tensor, numbers: Numbers) -> Tensor:
+    torch.div(torch.linalg.vector_norm(update), update.numel() ** 0.5, out=update_rms)  # 6
+    return _clipped(alpha, update_rms, numbers)  # 7
+
+
 def _apply(
     param: Tensor,
     p: Tensor,
     update: Tensor,
-    col_factor: Tensor,
+    factor: Tensor,
     exp_avg: Tensor | None,
     alpha: Tensor,
     numbers: Numbers,
@@ -142,12 +148,12 @@ def _apply(
 ) -> None:
     """Steps 8 to 10; `p` is `param`, widened where that is half-precision.
 
-    `update` may be overwritten and lacks its last factor, so that there is one pass less where p is all it is applied to.
+    `update` may be overwritten and lacks a last factor, so that there is one pass less where p is all it is applied to.
     """
     if exp_avg is None and not numbers.weight_decay and p is param:
-        p.addcmul_(update, col_factor, value=-1.0)
+        p.addcmul_(update, factor, value=-1.0)
         return
-    update.mul_(col_factor)
+    update.mul_(factor)
     if exp_avg is not None:
         update = exp_avg.mul_(numbers.beta1).add_(update, alpha=numbers.one_minus_beta1)
     if numbers.weight_decay:  # p * (1 - decay) would round 1 - decay, the same way at every step
