@@ -112,7 +112,7 @@ def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
 
 
 def _over_rows(squared: Tensor, row: Tensor) -> Tensor:
-    """The sum over the rows of squared / row, shape [..., C], of blocks [..., n, B, C]."""
+    """The sum over the rows of squared / row, shape [..., C], of blocks [..., n, B, C], which may be overwritten."""
     if squared.ndim > 3:
         return squared.div_(row.unsqueeze(-1)).sum((-2, -3))
     return torch.mv(squared.flatten(0, 1).mT, row.reciprocal().flatten())

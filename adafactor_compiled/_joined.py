@@ -6,7 +6,6 @@ blocks add up to those of their vectors, and each block reads the numbers of its
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -46,11 +45,10 @@ def step_members(members: Members, tables: Sequence[Tensor], run: Runner, kept: 
     """Step the vectors of a class; `run` may compile, and `kept` is the same in each step of the same vectors."""
     if len(tables) == 1:  # one would be another graph than several: step it twice, side by side
         members, tables = Members(*(x * 2 for x in members)), [*tables, *tables]
-    room = kept.get("room")
-    if room is None or is_in_torch_dispatch_mode():
-        room = _room_of(members, tables[0])
-        if not is_in_torch_dispatch_mode():
-            kept["room"] = room
+    kept = {} if is_in_torch_dispatch_mode() else kept  # a mode may have tensors of its own
+    if "room" not in kept:
+        kept["room"] = _room_of(members, tables[0])
+    room: Room = kept["room"]
     room.x.params.zero_()  # where a second moment of padding is 0 the last step has divided 0 by 0
     torch._foreach_copy_(room.inputs, [*members.params, *members.grads, *members.exp_avg_sqs, *members.exp_avgs])
     draws = torch.stack(members.draws) if members.draws else None
@@ -66,9 +64,9 @@ def _room_of(members: Members, table: Tensor) -> Room:
     exp_avgs, of_avgs = _blocks_like(members.exp_avgs) if members.exp_avgs else (None, [])
     rms, update_rms = (table.new_empty(len(members.params)) for _ in range(2))
     x = Stacked(params, grads, exp_avg_sqs, exp_avgs, rms, update_rms)
-    sizes = tuple(x.numel() for x in members.params)
+    places = _places_of([x.numel() for x in members.params], table.device)
     outputs = [*of_params, *of_sqs, *of_avgs, *rms.unbind(), *update_rms.unbind()]
-    return Room(x, places_of(sizes, table.device), [*of_params, *of_grads, *of_sqs, *of_avgs], outputs)
+    return Room(x, places, [*of_params, *of_grads, *of_sqs, *of_avgs], outputs)
 
 
 def _blocks_like(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
@@ -115,13 +113,8 @@ def _sums(x: Tensor, places: Places) -> Tensor:
     return materialize(torch.cat([of_blocks, of_blocks.new_zeros(1)]))[places.blocks].sum(-1)
 
 
-def places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
-    """Where vectors of these sizes lie; kept from step to step, but for tensors that a dispatch mode may have made."""
-    return (_places_of.__wrapped__ if is_in_torch_dispatch_mode() else _places_of)(sizes, device)
-
-
-@functools.lru_cache(maxsize=256)
-def _places_of(sizes: tuple[int, ...], device: torch.device) -> Places:
+def _places_of(sizes: Sequence[int], device: torch.device) -> Places:
+    """Where vectors of these sizes lie."""
     owner: list[int] = []
     begins: list[int] = []
     blocks: list[range] = []

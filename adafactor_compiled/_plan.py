@@ -48,9 +48,10 @@ class Part(NamedTuple):
 class Seen:
     """The entries that a plan was last found to hold for. To compare with them takes 1 us each; to describe them anew, 9."""
 
-    def __init__(self) -> None:
-        self._rest: Any = None  # nothing has been seen
+    def __init__(self, entries: list[Entry]) -> None:
+        self._rest: Any = None  # of what cannot be asked again
         self._guards: Any = None
+        self.remember(entries)
 
     def remember(self, entries: list[Entry]) -> None:
         tensors = _tensors_of(entries)
@@ -142,9 +143,7 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     batches = _parts_of(map(_batch_of, keys))
     merged = _parts_of(map(_merged_batch_of, keys))
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
-    plan = Plan(Seen(), made_for, parts, batches, merged, update_rms)
-    plan.seen.remember(entries)
-    return plan
+    return Plan(Seen(entries), made_for, parts, batches, merged, update_rms)
 
 
 def _parts_of(keys: Iterable[tuple[str, ShapeClass]]) -> list[Part]:
