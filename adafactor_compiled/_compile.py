@@ -1,4 +1,4 @@
-"""The only place that calls torch.compile: options, limits, the cache of compiled passes, the check of the toolchain."""
+"""How passes are compiled: options, limits, the cache of compiled passes, the check of the toolchain."""
 
 from __future__ import annotations
 
@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
 from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled import _blocked
-from adafactor_compiled._direct import Direct, example_of, independent_sizes, strided_example_of
-from adafactor_compiled._fusion import JoinBlockLoops
+from adafactor_compiled._direct import Direct, through_dynamo, tracing
+from adafactor_compiled._helper import helped
 from adafactor_compiled._progress import progress
 from adafactor_compiled._unrolled import apply_kernels, kernel_statistics
 
@@ -35,14 +34,8 @@ CPU_OPTIONS: dict[str, Any] = {
 
 # Loads and stores with a stride, which Inductor would rather not vectorize at all: 3 x 3 kernels take half the time with it.
 STRIDED = {"cpp.enable_tiling_heuristics": False}
-# Passes over a matrix in blocks. Loops over blocks and rows stay apart because examples have strides of their own.
-BLOCKS = {"_post_fusion_custom_pass": JoinBlockLoops()}
-OPTIONS_OF: dict[Callable[..., Any], dict[str, Any]] = {
-    kernel_statistics: STRIDED,
-    apply_kernels: STRIDED,
-    _blocked.statistics: BLOCKS,
-    _blocked.step_matrix: BLOCKS,
-}
+OPTIONS_OF = {kernel_statistics: STRIDED, apply_kernels: STRIDED}
+IN_BLOCKS = {_blocked.statistics, _blocked.step_matrix}
 
 
 class Pass(NamedTuple):
@@ -65,14 +58,12 @@ def compiled(key: Pass) -> Callable[..., Any]:
     """The pass under torch.compile, the same object each time it is asked for, in all optimizers of a process.
 
     Sizes are dynamic: one graph serves every shape of every network. What stays static is in the variant, so that a pass is
-    one graph; `isolate_recompiles` keeps Dynamo's recompile limit, which counts by code object, to this one pass.
+    one graph.
     """
-    compile = functools.partial(torch.compile, key.function, dynamic=True, fullgraph=True, isolate_recompiles=True)
-    if key.device_type != "cpu":
-        return compile()
-    options = OPTIONS_OF.get(key.function, {})
-    example = strided_example_of if options is BLOCKS else example_of
-    return Direct(key.function, lambda backend: compile(backend=backend), {**CPU_OPTIONS, **options}, example)
+    function, device_type, variant = key
+    if device_type != "cpu":
+        return through_dynamo(function)
+    return Direct(function, variant, {**CPU_OPTIONS, **OPTIONS_OF.get(function, {})}, function in IN_BLOCKS)
 
 
 def size_variant(*sizes: int) -> tuple[int, ...]:
@@ -89,34 +80,49 @@ def compile_seconds(key: Pass) -> float | None:
 
 
 def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool | None) -> None:
-    """Compile the passes that are not compiled yet, by calling each on tensors made for it."""
+    """Compile the passes that are not compiled yet, by calling each on tensors made for it.
+
+    Processes that do so at the same time, as ranks of a machine do, share the work.
+    """
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
-    for call in progress(missing, "compiling Adafactor", show_progress):
-        start = time.perf_counter()
-        function = compiled(call.key)
-        if isinstance(function, Direct):
-            function.compile(call.arguments)
-        else:
-            with independent_sizes():
-                function(*tree_map_only(Tensor, functools.partial(torch.zeros_like, device=device), call.arguments))
-        _ready[call.key] = time.perf_counter() - start
+    missing.sort(key=lambda call: call.key.function is not kernel_statistics)  # the longest first: processes end together
+    with helped([call for call in missing if isinstance(function := compiled(call.key), Direct) and not function.is_kept()]):
+        for _ in progress(list(missing), "compiling Adafactor", show_progress):
+            start = time.perf_counter()
+            call = next((call for call in missing if _compile(call, device, wait=False)), None)
+            if call is None:  # other processes compile all that is left
+                call = missing[0]
+                _compile(call, device, wait=True)
+            missing.remove(call)
+            _ready[call.key] = time.perf_counter() - start
+
+
+def _compile(call: Call, device: torch.device, wait: bool) -> bool:
+    """Whether a pass is compiled now: not without `wait`, where another process is at it."""
+    function = compiled(call.key)
+    if isinstance(function, Direct):
+        return function.compile(call.arguments, wait) is not None
+    with tracing():
+        function(*tree_map_only(Tensor, functools.partial(torch.zeros_like, device=device), call.arguments))
+    return True
 
 
 def toolchain_failure(error: BaseException) -> str | None:
     """What is wrong with the toolchain, where that is why a compilation failed."""
+    from torch._inductor.exc import CppCompileError, InvalidCxxCompiler
+
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, InvalidCxxCompiler):
             return "no C++ compiler was found"
         if isinstance(seen, (CppCompileError, PermissionError, FileNotFoundError)):
-            return f"the C++ compiler failed: {_first_line(seen)}"
+            return f"the C++ compiler failed: {_first_line(getattr(seen, 'output', seen))}"
         seen = getattr(seen, "inner_exception", None) or seen.__cause__
     return None
 
 
-def _first_line(error: BaseException) -> str:
-    text = error.output if isinstance(error, CppCompileError) else str(error)
-    return next((line for line in str(text).splitlines() if line.strip()), type(error).__name__)
+def _first_line(text: object) -> str:
+    return next((line for line in str(text).splitlines() if line.strip()), "without a word")
 
 
 REMEDY = (

@@ -83,9 +83,13 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     `table` holds their `Numbers`, shape [k, len(Numbers)].
     """
     static(x.params.shape[1])
-    numbers, of_block = Numbers.of(table), Numbers.of(table[places.owner]).unsqueeze(1)
+    numbers = Numbers.of(table)
+
+    def of_blocks(x: Tensor) -> Tensor:
+        return x[places.owner].unsqueeze(1)
+
     p, g = x.params.to(table.dtype), x.grads.to(table.dtype)
-    v = x.exp_avg_sqs * of_block.beta2 + (g * g + of_block.eps) * of_block.one_minus_beta2  # 5
+    v = x.exp_avg_sqs * of_blocks(numbers.beta2) + (g * g + of_blocks(numbers.eps)) * of_blocks(numbers.one_minus_beta2)  # 5
     update = g * v.rsqrt()
     inside = torch.arange(BLOCK, device=p.device) < places.filled.unsqueeze(1)  # padding is 0 / 0 without eps
     rms = (_sums(p * p, places) / places.numel).to(table.dtype).sqrt()  # 2
@@ -94,14 +98,14 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     scale = materialize(numbers.sign * alpha / clip_divisor(numbers, update_rms))
     decay = materialize(numbers.weight_decay * alpha)
 
-    update = update * scale[places.owner].unsqueeze(1)  # 7
+    update = update * of_blocks(scale)  # 7
     if x.exp_avgs is not None:  # 8
-        update = x.exp_avgs * of_block.beta1 + update * of_block.one_minus_beta1
+        update = x.exp_avgs * of_blocks(numbers.beta1) + update * of_blocks(numbers.one_minus_beta1)
         x.exp_avgs.copy_(update)
     noise = None
     if x.draws is not None:
         noise = noise_of_vectors(x.draws[places.owner] + places.begins, BLOCK, x.params.dtype)
-    write(x.params, p - (p * decay[places.owner].unsqueeze(1) + update), noise)  # 9, 10
+    write(x.params, p - (p * of_blocks(decay) + update), noise)  # 9, 10
     x.exp_avg_sqs.copy_(v)
     x.rms.copy_(rms)
     x.update_rms.copy_(update_rms)

@@ -194,8 +194,8 @@ def _kernel_calls(shape_class: ShapeClass, members: Members, i: int, table: Tens
 
 @functools.cache
 def _rows_of(numel: int) -> tuple[int, int]:
-    """A vector cut into the longest equal rows that are summed in one go; a prime number of elements stays one row."""
-    columns = next(d for d in range(min(numel, ROW_NUMEL), 0, -1) if numel % d == 0)
+    """A vector cut into two or more equal rows, the longest that are summed in one go; a prime number of elements stays one."""
+    columns = next(d for d in range(max(1, min(numel // 2, ROW_NUMEL)), 0, -1) if numel % d == 0)
     return (numel // columns, columns) if columns > 1 else (1, numel)
 
 

@@ -45,5 +45,5 @@ def compiled_by(compiler: Compiler) -> Iterator[None]:
 
 
 def graphs() -> int:
-    """How many graphs Dynamo has compiled in this process."""
-    return int(counters["stats"]["unique_graphs"])
+    """How many graphs this process has compiled, or found where another has kept them."""
+    return int(counters["stats"]["unique_graphs"] + counters["adafactor_compiled"]["passes_found"])

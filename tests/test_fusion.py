@@ -12,8 +12,8 @@ from torch._inductor.utils import fresh_cache
 
 from adafactor_compiled import _blocked, _fusion
 from adafactor_compiled._blocked import materialize
-from adafactor_compiled._compile import BLOCKS, CPU_OPTIONS
-from adafactor_compiled._direct import Direct, strided_example_of
+from adafactor_compiled._compile import CPU_OPTIONS
+from adafactor_compiled._direct import Direct
 from adafactor_compiled._numbers import Numbers
 
 
@@ -22,11 +22,8 @@ class Scheduled(Exception):
 
 
 def compile_pass(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    def compile(backend: Any) -> Callable[..., Any]:
-        return torch.compile(function, dynamic=True, fullgraph=True, isolate_recompiles=True, backend=backend)
-
     with fresh_cache():
-        return Direct(function, compile, {**CPU_OPTIONS, **BLOCKS}, strided_example_of).compile(arguments)
+        return Direct(function, (), CPU_OPTIONS, in_blocks=True).compile(arguments)
 
 
 @pytest.fixture

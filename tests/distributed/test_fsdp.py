@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from compilers import graphs
 from sharded_training import Bag, assert_same, set_gradients, train_beside_unsharded, whole_of
 from torch import nn
-from torch._dynamo.utils import counters
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -99,10 +99,10 @@ def check_compiled(placements: list[Any], shapes: list[tuple[int, ...]]) -> None
             optimizer.warm_up()
             assert optimizer.summary().classes[0].compiled
         dist.barrier()
-    compiled = counters["stats"]["unique_graphs"]
+    compiled = graphs()
     assert compiled == len(_compile._ready) > 0
     train_beside_unsharded(params, OPTIONS[1], {"compile": True})
-    assert counters["stats"]["unique_graphs"] == compiled == len(_compile._ready)
+    assert graphs() == compiled == len(_compile._ready)
 
 
 def check_compiled_in_chunks() -> None:
