@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adafactor_compiled._blocked import materialize, static
-from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._numbers import Numbers, clip_divisor, root_mean, step_size
 from adafactor_compiled._passes import Members, Runner, Stacked
 from adafactor_compiled._rounding import DRAWS, FIRST, noise_of_vectors, write
 
@@ -88,12 +88,12 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     def of_blocks(x: Tensor) -> Tensor:
         return x[places.owner].unsqueeze(1)
 
-    p, g = x.params.to(table.dtype), x.grads.to(table.dtype)
+    p, g = x.params.to(torch.float64), x.grads.to(torch.float64)  # vectors are few, and it costs no passes over memory
     v = x.exp_avg_sqs * of_blocks(numbers.beta2) + (g * g + of_blocks(numbers.eps)) * of_blocks(numbers.one_minus_beta2)  # 5
     update = g * v.rsqrt()
     inside = torch.arange(BLOCK, device=p.device) < places.filled.unsqueeze(1)  # padding is 0 / 0 without eps
-    rms = (_sums(p * p, places) / places.numel).to(table.dtype).sqrt()  # 2
-    update_rms = (_sums(torch.where(inside, update * update, 0.0), places) / places.numel).to(table.dtype).sqrt()  # 6
+    rms = root_mean(_sums(p * p, places), places.numel)  # 2
+    update_rms = root_mean(_sums(torch.where(inside, update * update, 0.0), places), places.numel)  # 6
     alpha = step_size(numbers, rms)  # 3, 4
     scale = materialize(numbers.sign * alpha / clip_divisor(numbers, update_rms))
     decay = materialize(numbers.weight_decay * alpha)
@@ -105,7 +105,7 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     noise = None
     if x.draws is not None:
         noise = noise_of_vectors(x.draws[places.owner] + places.begins, BLOCK, x.params.dtype)
-    write(x.params, p - (p * of_blocks(decay) + update), noise)  # 9, 10
+    write(x.params, (p - (p * of_blocks(decay) + update)).to(table.dtype), noise)  # 9, 10
     x.exp_avg_sqs.copy_(v)
     x.rms.copy_(rms)
     x.update_rms.copy_(update_rms)

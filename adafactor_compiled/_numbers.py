@@ -108,6 +108,12 @@ def _to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
+def root_mean(total: Tensor, count: Any) -> Tensor:
+    """In float64, as is all that is made of it: an error in these few numbers is an error of every element."""
+    mean: Tensor = total.to(torch.float64) / count
+    return mean.sqrt()
+
+
 def step_size(numbers: Numbers, param_rms: Tensor) -> Tensor:
     """The learning rate scaled by the parameter's RMS (a NaN stays NaN)."""
     scale = torch.maximum(param_rms, numbers.min_scale)

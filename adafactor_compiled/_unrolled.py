@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._blocked import materialize, static, sum_twice
-from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._numbers import Numbers, clip_divisor, root_mean, step_size
 from adafactor_compiled._rounding import noise_of, write
 
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
@@ -59,18 +59,19 @@ def apply_kernels(
     rows, columns = static(row.shape[1]), static(col.shape[1])
     for x in (p, g) if exp_avg is None else (p, g, exp_avg):
         static(x.shape[1])
-    new_rms, new_update_rms = (sums / numel).sqrt().unbind()
+    new_rms, new_update_rms = root_mean(sums, numel).unbind()
     alpha = step_size(numbers, new_rms)
-    scale = materialize(numbers.sign * alpha / clip_divisor(numbers, new_update_rms))
-    decay = materialize(numbers.weight_decay * alpha)
+    scale = materialize((numbers.sign * alpha / clip_divisor(numbers, new_update_rms)).to(table.dtype))
+    decay = materialize((numbers.weight_decay * alpha).to(table.dtype))
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
 
-    old_row = [row[:, i] for i in range(rows)]
-    row_mean = _mean(old_row)
-    # With the scale in the last loop that would be two loops, over slices and over elements: half as fast.
-    row_factor, col_factor = [(row_mean / x).sqrt() * scale for x in old_row], [col[:, j].rsqrt() for j in range(columns)]
-    factor = materialize(torch.stack([x * y for x in row_factor for y in col_factor], 1))
+    # Roots go over rows and columns as they lie, in whole vectors. What is left to the loop over slices, whose reads and writes
+    # with a stride are no vectors, is a few products: all in one loop would take half as long again.
+    row_root, col_root = materialize(row.rsqrt()), materialize(col.rsqrt())
+    of_slice = _mean([row[:, i] for i in range(rows)]).sqrt() * scale
+    row_factor = [row_root[:, i] * of_slice for i in range(rows)]
+    factor = materialize(torch.stack([x * col_root[:, j] for x in row_factor for j in range(columns)], 1))
     update = g.to(table.dtype) * factor
     if exp_avg is not None:
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
