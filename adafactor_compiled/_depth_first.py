@@ -17,7 +17,7 @@ from adafactor_compiled._passes import Members, Runner
 BLOCK_NUMEL = 65_536  # a block of rows stays in the second-level cache between two reads: 256 KB in float32
 BLOCK_ROWS = 16  # the least: each block costs two more rows to write and read, its sums
 CHUNK_NUMEL = 16_777_216  # what is summed in one go: the sums of its blocks take up to 8 MB
-SMALL_NUMEL = 262_144  # up to here a matrix is one block: 1 MB in float32, and as much for the gradient
+SMALL_NUMEL = 65_536  # up to here a matrix is one block; 512 x 512 takes a quarter less in several
 SMALL_ROWS = 8_192  # rows that may be summed one after the other without a loss of digits
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
@@ -102,7 +102,7 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
         # A tail of another size is a pass of its own to compile: rather smaller blocks that leave none.
         block = block if block >= min(BLOCK_ROWS, most // 2) else most
         return Blocking(slices, rows, columns, block, None, CHUNK_NUMEL, CHUNKS_PER_APPLY)
-    # A small matrix stays in cache as one block, and so does one of a prime number of rows, say, for want of another.
+    # A small matrix is one block, and so is one of a prime number of rows, say, for want of another.
     small = slices * rows * columns <= SMALL_NUMEL and rows <= SMALL_ROWS
     if small or block < min(8, most):
         block = rows
