@@ -15,10 +15,11 @@ from adafactor_compiled._compile import size_variant
 from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 65_536  # a block of rows stays in the second-level cache between two reads: 256 KB in float32
-BLOCK_ROWS = 16  # the least: each block costs two more rows to write and read, its sums
+BLOCK_ROWS = 16  # at least, if that leaves two blocks: each costs two more rows to write and read, its sums
+FEW_ROWS = 8  # the least, or a matrix is rather one block
 CHUNK_NUMEL = 16_777_216  # what is summed in one go: the sums of its blocks take up to 8 MB
 SMALL_NUMEL = 65_536  # up to here a matrix is one block; 512 x 512 takes a quarter less in several
-SMALL_ROWS = 8_192  # rows that may be summed one after the other without a loss of digits
+SUMMED_ROWS = 1_024  # at most, one after the other, in a small matrix or a block: sums of more lose digits
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
 
@@ -96,15 +97,15 @@ class Blocking(NamedTuple):
 def blocking_of(shape: tuple[int, ...]) -> Blocking:
     """For compiled passes."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
-    most = min(max(BLOCK_ROWS, BLOCK_NUMEL // columns), rows)
+    most = min(max(BLOCK_ROWS, BLOCK_NUMEL // columns), max(FEW_ROWS, rows // 2), rows, SUMMED_ROWS)
     block = max(b for b in range(1, most + 1) if rows % b == 0)
     if slices * rows * columns > WHOLE_NUMEL:
         # A tail of another size is a pass of its own to compile: rather smaller blocks that leave none.
         block = block if block >= min(BLOCK_ROWS, most // 2) else most
         return Blocking(slices, rows, columns, block, None, CHUNK_NUMEL, CHUNKS_PER_APPLY)
     # A small matrix is one block, and so is one of a prime number of rows, say, for want of another.
-    small = slices * rows * columns <= SMALL_NUMEL and rows <= SMALL_ROWS
-    if small or block < min(8, most):
+    small = slices * rows * columns <= SMALL_NUMEL and rows <= SUMMED_ROWS
+    if small or block < min(FEW_ROWS, most):
         block = rows
     return Blocking(slices, rows, columns, block, _whole_of(slices, rows, columns, block), CHUNK_NUMEL, CHUNKS_PER_APPLY)
 
