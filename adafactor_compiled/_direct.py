@@ -145,8 +145,11 @@ class Direct:
             return None
         outputs = None if result is None else [next(i for i, x in enumerate(reached.outputs) if x is y) for y in result]
         compiled = _compiled_in(reached.graph)
+        if compiled is None:
+            graph = reached.graph
+            return _direct(lambda inputs: graph(*inputs), Made("", reached.inputs, [], outputs), self._function)
         made = Made(compiled.source_code, reached.inputs, sorted(compiled.mutated_input_idxs), outputs)
-        if place is not None:
+        if place is not None and not compiled.constants:
             _kept.write(place, made)
         return _direct(compiled.current_callable, made, self._function)
 
@@ -177,9 +180,9 @@ def _inputs_of(graph: fx.GraphModule) -> list[str]:
 
 
 def _compiled_in(graph: Any) -> Any:
-    """Inductor's `CompiledFxGraph`, which AOTAutograd has wrapped."""
-    while not hasattr(graph, "current_callable"):
-        graph = getattr(graph, "compiled_fn", None) or graph.__wrapped__
+    """Inductor's `CompiledFxGraph`, which AOTAutograd has wrapped; None where it is not found."""
+    while graph is not None and not hasattr(graph, "current_callable"):
+        graph = getattr(graph, "compiled_fn", None) or getattr(graph, "__wrapped__", None)
     return graph
 
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch._dynamo.utils import counters
 from torch._inductor.utils import fresh_cache
 
-from adafactor_compiled import _compile, _helper, _kept
+from adafactor_compiled import _compile, _direct, _helper, _kept
 from adafactor_compiled._blocked import Sums, statistics
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._numbers import Numbers
@@ -165,3 +165,15 @@ def test_who_is_helped(calls: int, threads: int, ranks: int, helps: bool, monkey
     with inductor_config.patch(compile_threads=threads), _helper.helped(CALLS[:calls]):
         pass
     assert started == ([calls] if helps else [])
+
+
+@pytest.mark.usefixtures("empty_cache")
+def test_a_graph_that_is_wrapped_in_something_else_is_called_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_direct, "_compiled_in", lambda _: None)
+    function = direct()
+    first, second = arguments(), arguments()
+    result = function(*first)
+    assert not function.is_kept()
+    torch.testing.assert_close(tuple(result), tuple(statistics(*second)))
+    torch.testing.assert_close(first[2], second[2])
+    assert first[2]._version == 1
