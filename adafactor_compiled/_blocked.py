@@ -19,7 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._numbers import Numbers, clip_divisor, root_mean, step_size
+from adafactor_compiled._numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._rounding import Along, along, noise, noise_of, write
 
 
@@ -116,12 +116,11 @@ def finish(new: Averages, param_sq: Tensor, col: Tensor, rms: Tensor, update_rms
     """The second half of `factors`."""
     numbers = Numbers.of(table)
     new_rms, new_update_rms = root_mean(param_sq, numel), root_mean(new.update_sq, numel)
-    alpha = step_size(numbers, new_rms)
-    scale = numbers.sign * alpha / clip_divisor(numbers, new_update_rms) * new.row_mean.to(alpha.dtype).sqrt()
+    scale, decay = scale_and_decay(numbers, new_rms, new_update_rms)
+    scale = scale * new.row_mean.to(scale.dtype).sqrt()
     col.copy_(new.col)
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
-    decay = numbers.weight_decay * alpha
     return Factors(materialize(scale.to(col.dtype)), materialize(new.col.rsqrt()), materialize(decay.to(col.dtype)))
 
 
@@ -211,9 +210,7 @@ def step_elementwise(
     new = second_moment * numbers.beta2 + (squared + numbers.eps) * numbers.one_minus_beta2
     update_sq = sum_twice(squared / new)  # rather than of g / sqrt(new): a square root less
     new_rms, new_update_rms = root_mean(sum_twice(p.to(table.dtype).square()), p.numel()), root_mean(update_sq, p.numel())
-    alpha = step_size(numbers, new_rms)
-    scale = materialize((numbers.sign * alpha / clip_divisor(numbers, new_update_rms)).to(table.dtype))
-    decay = materialize((numbers.weight_decay * alpha).to(table.dtype))
+    scale, decay = (materialize(x.to(table.dtype)) for x in scale_and_decay(numbers, new_rms, new_update_rms))
     update = g.to(table.dtype) * (new.rsqrt() * scale)
     if exp_avg is not None:
         update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1

@@ -116,13 +116,14 @@ def toolchain_failure(error: BaseException) -> str | None:
         if isinstance(seen, InvalidCxxCompiler):
             return "no C++ compiler was found"
         if isinstance(seen, (CppCompileError, PermissionError, FileNotFoundError)):
-            return f"the C++ compiler failed: {_first_line(getattr(seen, 'output', seen))}"
+            return f"the C++ compiler failed: {_first_line(seen)}"
         seen = getattr(seen, "inner_exception", None) or seen.__cause__
     return None
 
 
-def _first_line(text: object) -> str:
-    return next((line for line in str(text).splitlines() if line.strip()), "without a word")
+def _first_line(error: BaseException) -> str:
+    text = str(getattr(error, "output", error))
+    return next((line for line in text.splitlines() if line.strip()), type(error).__name__)
 
 
 REMEDY = (

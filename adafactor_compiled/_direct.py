@@ -4,7 +4,7 @@ A call through Dynamo costs 35 us, half of it to establish what a `Pass` and the
 layouts and which sizes are 1. For a small matrix that is more than its step. So only the first call goes through Dynamo; the
 graph that it ends in, whose sizes are dynamic, is called directly from then on: 18 us.
 
-What such a call needs is kept on disk (`_kept.py`). Nothing here imports Dynamo or Inductor before a pass has to be traced.
+What such a call needs is kept on disk (`_kept.py`). What traces and compiles is imported where a pass is not found there.
 
 Without guards a graph must hold for all arguments that its `Pass` allows. It is therefore made from examples, never from a
 step's own tensors, whose sizes may happen to be equal: Dynamo would take them for one size. A guard that a size is at most

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from adafactor_compiled._blocked import materialize, static
-from adafactor_compiled._numbers import Numbers, clip_divisor, root_mean, step_size
+from adafactor_compiled._numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._passes import Members, Runner, Stacked
 from adafactor_compiled._rounding import DRAWS, FIRST, noise_of_vectors, write
 
@@ -94,9 +94,7 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     inside = torch.arange(BLOCK, device=p.device) < places.filled.unsqueeze(1)  # padding is 0 / 0 without eps
     rms = root_mean(_sums(p * p, places), places.numel)  # 2
     update_rms = root_mean(_sums(torch.where(inside, update * update, 0.0), places), places.numel)  # 6
-    alpha = step_size(numbers, rms)  # 3, 4
-    scale = materialize(numbers.sign * alpha / clip_divisor(numbers, update_rms))
-    decay = materialize(numbers.weight_decay * alpha)
+    scale, decay = (materialize(x) for x in scale_and_decay(numbers, rms, update_rms))  # 3, 4
 
     update = update * of_blocks(scale)  # 7
     if x.exp_avgs is not None:  # 8

@@ -125,3 +125,9 @@ def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
     """What the update is divided by, so that its RMS does not exceed the threshold."""
     ratio: Tensor = update_rms / numbers.clip_threshold
     return ratio.clamp(min=1.0)
+
+
+def scale_and_decay(numbers: Numbers, param_rms: Tensor, update_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """What the update before clipping is multiplied by, and what share of the parameter decays."""
+    alpha = step_size(numbers, param_rms)
+    return numbers.sign * alpha / clip_divisor(numbers, update_rms), numbers.weight_decay * alpha

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._blocked import materialize, static, sum_twice
-from adafactor_compiled._numbers import Numbers, clip_divisor, root_mean, step_size
+from adafactor_compiled._numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._rounding import noise_of, write
 
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
@@ -60,9 +60,7 @@ def apply_kernels(
     for x in (p, g) if exp_avg is None else (p, g, exp_avg):
         static(x.shape[1])
     new_rms, new_update_rms = root_mean(sums, numel).unbind()
-    alpha = step_size(numbers, new_rms)
-    scale = materialize((numbers.sign * alpha / clip_divisor(numbers, new_update_rms)).to(table.dtype))
-    decay = materialize((numbers.weight_decay * alpha).to(table.dtype))
+    scale, decay = (materialize(x.to(table.dtype)) for x in scale_and_decay(numbers, new_rms, new_update_rms))
     rms.copy_(new_rms)
     update_rms.copy_(new_update_rms)
 
