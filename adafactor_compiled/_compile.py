@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled import _blocked
-from adafactor_compiled._direct import Direct, through_dynamo, tracing
+from adafactor_compiled._direct import Direct
 from adafactor_compiled._helper import helped
 from adafactor_compiled._progress import progress
 from adafactor_compiled._unrolled import kernel_statistics
@@ -31,6 +31,9 @@ CPU_OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
     "scalar_asserts": False,
 }
+if torch.backends.cpu.get_cpu_capability() == "AVX2":
+    # Inductor tries vector instructions out, with the C++ compiler: 4 s. All compilers know these; of newer ones that is open.
+    CPU_OPTIONS["cpp.vec_isa_ok"] = True
 
 # Loads with a stride, which Inductor would rather not vectorize at all: the sums of 3 x 3 kernels take half the time with it.
 STRIDED = {"cpp.enable_tiling_heuristics": False}
@@ -55,15 +58,17 @@ class Call(NamedTuple):
 
 @functools.cache
 def compiled(key: Pass) -> Callable[..., Any]:
-    """The pass under torch.compile, the same object each time it is asked for, in all optimizers of a process.
+    """The pass compiled, the same object each time it is asked for, in all optimizers of a process.
 
     Sizes are dynamic: one graph serves every shape of every network. What stays static is in the variant, so that a pass is
     one graph.
     """
     function, device_type, variant = key
-    if device_type != "cpu":
-        return through_dynamo(function)
-    return Direct(function, variant, {**CPU_OPTIONS, **OPTIONS_OF.get(function, {})}, function in IN_BLOCKS)
+    if device_type == "cpu":
+        return Direct(function, variant, {**CPU_OPTIONS, **OPTIONS_OF.get(function, {})}, function in IN_BLOCKS)
+    # `isolate_recompiles` keeps Dynamo's recompile limit, which counts by code object, to this one pass.
+    options: dict[str, Any] = {"dynamic": True, "fullgraph": True, "isolate_recompiles": True}
+    return torch.compile(function, **options)
 
 
 def size_variant(*sizes: int) -> tuple[int, ...]:
@@ -86,7 +91,8 @@ def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool 
     """
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     missing.sort(key=lambda call: call.key.function is not kernel_statistics)  # the longest first: processes end together
-    with helped([call for call in missing if isinstance(function := compiled(call.key), Direct) and not function.is_kept()]):
+    not_kept = [call for call in missing if isinstance(function := compiled(call.key), Direct) and not function.is_kept()]
+    with helped(not_kept, CPU_OPTIONS):
         for _ in progress(list(missing), "compiling Adafactor", show_progress):
             start = time.perf_counter()
             call = next((call for call in missing if _compile(call, device, wait=False)), None)
@@ -102,6 +108,8 @@ def _compile(call: Call, device: torch.device, wait: bool) -> bool:
     function = compiled(call.key)
     if isinstance(function, Direct):
         return function.compile(call.arguments, wait) is not None
+    from adafactor_compiled._inductor import tracing
+
     with tracing():
         function(*tree_map_only(Tensor, functools.partial(torch.zeros_like, device=device), call.arguments))
     return True

@@ -22,8 +22,8 @@ from adafactor_compiled._direct import Direct
 
 
 @contextmanager
-def helped(calls: Sequence[Any]) -> Iterator[None]:
-    """Within it another process compiles passes of `calls`, all of them `Direct`.
+def helped(calls: Sequence[Any], options: dict[str, Any]) -> Iterator[None]:
+    """Within it another process compiles passes of `calls`, all of them `Direct`, and a thread readies Inductor for `options`.
 
     None is started for one pass, on one core (Inductor's `compile_threads`), where nothing is kept on disk, or by a rank of
     several on a machine.
@@ -34,17 +34,22 @@ def helped(calls: Sequence[Any]) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(_check_vector_instructions)
+        thread.submit(_compile_nothing, options)
         alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
         with _process(calls) if len(calls) > 1 and alone and sys.executable else nullcontext():
             yield
 
 
-def _check_vector_instructions() -> None:
-    """Inductor does it before its first code, with the C++ compiler: 4 s in an empty cache. A failure is met there again."""
-    from torch._inductor.cpu_vec_isa import pick_vec_isa
+def _compile_nothing(options: dict[str, Any]) -> None:
+    """What Inductor does once with the C++ compiler, before its first code: it precompiles headers, which takes 6 s.
 
-    pick_vec_isa()
+    A failure is met again there.
+    """
+    from torch._inductor import config
+    from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+    with config.patch(options):
+        CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}', needs_vec_isa=True)
 
 
 @contextmanager

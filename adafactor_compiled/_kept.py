@@ -34,7 +34,6 @@ class Made(NamedTuple):
     source: str  # Inductor's module: its `call` takes a list and returns the outputs
     inputs: list[str]  # the items of that list, as expressions over the arguments of the pass, for example `p.size()[1]`
     written: list[int]  # which of them it writes to
-    outputs: list[int] | None  # which of the outputs are the fields of the named tuple that it returns; None if it is None
 
 
 def place_of(name: str) -> Path | None:

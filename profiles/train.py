@@ -203,7 +203,7 @@ def main() -> None:
         "rounds": steps,
         "model": model,
         "largest_relative_difference_compiled_to_reference": apart,
-        "graphs_compiled": counters["stats"]["unique_graphs"],
+        "passes_compiled": counters["adafactor_compiled"]["passes_compiled"],
         "passes_found_on_disk": counters["adafactor_compiled"]["passes_found"],
         "runs": {
             run.name: {
@@ -226,7 +226,7 @@ def main() -> None:
     )
     print(table(runs))
     print(
-        f"compiled and reference losses differ by {apart:.1e} at most; {payload['graphs_compiled']} graphs were "
+        f"compiled and reference losses differ by {apart:.1e} at most; {payload['passes_compiled']} passes were "
         f"compiled, {payload['passes_found_on_disk']} passes found on disk"
     )
     print(f"{payload['seconds']:.0f} s; wrote {written} and {drawn}")

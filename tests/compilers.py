@@ -45,5 +45,6 @@ def compiled_by(compiler: Compiler) -> Iterator[None]:
 
 
 def graphs() -> int:
-    """How many graphs this process has compiled, or found where another has kept them."""
-    return int(counters["stats"]["unique_graphs"] + counters["adafactor_compiled"]["passes_found"])
+    """How many graphs this process has compiled, through Dynamo or past it, or found where another has kept them."""
+    passes = counters["adafactor_compiled"]
+    return int(counters["stats"]["unique_graphs"] + passes["passes_compiled"] + passes["passes_found"])
