@@ -39,6 +39,7 @@ if torch.backends.cpu.get_cpu_capability() == "AVX2":
 STRIDED = {"cpp.enable_tiling_heuristics": False}
 OPTIONS_OF = {kernel_statistics: STRIDED}
 IN_BLOCKS = {_blocked.statistics, _blocked.step_matrix}
+SUMS_ALONE = {_blocked.statistics, kernel_statistics}  # momentum and stochastic rounding are nothing to them
 
 
 class Pass(NamedTuple):
@@ -47,6 +48,19 @@ class Pass(NamedTuple):
     function: Callable[..., Any]
     device_type: str
     variant: Hashable
+
+
+def pass_of(
+    function: Callable[..., Any],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    momentum: bool,
+    rounding: bool,
+    variant: tuple[int, ...],
+) -> Pass:
+    """The pass of a function for parameters and gradients of these dtypes, with these options."""
+    options = () if function in SUMS_ALONE else (momentum, rounding)
+    return Pass(function, device.type, (*dtypes, *options, *variant))
 
 
 class Call(NamedTuple):

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled import _blocked, _depth_first, _eager, _joined, _unrolled
-from adafactor_compiled._compile import Call, Pass, compiled, size_variant
+from adafactor_compiled._compile import Call, Pass, compiled, pass_of, size_variant
 from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._numbers import Numbers
@@ -86,8 +86,8 @@ def _member_counts(shape_class: ShapeClass, k: int) -> list[int]:
 
 
 def _pass_of(shape_class: ShapeClass, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
-    static = (shape_class.dtype, shape_class.grad_dtype, shape_class.momentum, shape_class.rounding)
-    return Pass(function, shape_class.device.type, (*static, *variant))
+    of = shape_class
+    return pass_of(function, of.device, (of.dtype, of.grad_dtype), of.momentum, of.rounding, variant)
 
 
 def any_shape(shape_class: ShapeClass) -> ShapeClass:

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled import _blocked
 from adafactor_compiled._blocked import Averages, Factors, Sums
-from adafactor_compiled._compile import Pass, compiled, size_variant
+from adafactor_compiled._compile import Pass, compiled, pass_of, size_variant
 from adafactor_compiled._depth_first import Matrix
 from adafactor_compiled._exchange import Exchange, Slot
 from adafactor_compiled._options import Group
@@ -121,14 +121,14 @@ def local_grad(entry: Entry) -> Tensor:
     return local(grad)
 
 
-def pass_of(entry: Entry, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
-    static = (entry.param.dtype, entry.grad.dtype, entry.group["beta1"] is not None, entry.rounds)
-    return Pass(function, entry.param.device.type, (*static, *variant))
+def pass_for(entry: Entry, function: Callable[..., Any], variant: tuple[int, ...]) -> Pass:
+    param, dtypes = entry.param, (entry.param.dtype, entry.grad.dtype)
+    return pass_of(function, param.device, dtypes, entry.group["beta1"] is not None, entry.rounds, variant)
 
 
 def _runner(job: Job) -> Runner:
     if job.compiles:
-        return lambda function, variant, *arguments: compiled(pass_of(job.entry, function, variant))(*arguments)
+        return lambda function, variant, *arguments: compiled(pass_for(job.entry, function, variant))(*arguments)
     return lambda function, variant, *arguments: function(*arguments)
 
 

@@ -20,7 +20,7 @@ from adafactor_compiled._plan import Entry
 from adafactor_compiled._rounding import DRAWS
 from adafactor_compiled._shape_class import compute_dtype, group_by_class
 from adafactor_compiled._shard_passes import Piece, can_compile
-from adafactor_compiled._sharded import pass_of
+from adafactor_compiled._sharded import pass_for
 
 
 def calls_of(entries: Iterable[Entry]) -> list[Call]:
@@ -32,7 +32,7 @@ def calls_of(entries: Iterable[Entry]) -> list[Call]:
         entry = entries[positions[0]]
 
         def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any, entry: Entry = entry) -> Any:
-            calls.append(Call(pass_of(entry, function, variant), arguments))
+            calls.append(Call(pass_for(entry, function, variant), arguments))
             return function(*arguments)
 
         if split is Split.VECTOR:

@@ -1,8 +1,9 @@
 """What the first step costs: compiling with an empty cache, with a full one, and on a network that was never seen before.
 
 Each figure is from a fresh process: the import of the package, the construction of the optimizer and its first step, beyond
-the import of torch. Every network starts with an empty directory for Inductor's cache (cold), then once more with what that
-left (warm), and once with what another network left (unseen). Beside it torch.compile on torch.optim.AdamW.step.
+the import of torch. Every network starts with an empty directory for temporary files, where Inductor keeps its cache and the
+headers that it precompiles (cold), then once more with what that left (warm), and once with what another network left
+(unseen). Beside it torch.compile on torch.optim.AdamW.step.
 """
 
 from __future__ import annotations
@@ -36,11 +37,12 @@ class Case(NamedTuple):
     unseen_after: str | None  # the network that fills the cache for the third figure
 
 
-def first_step(network: str, optimizer: str, cache: Path) -> dict[str, Any]:
-    """Seconds of the phases of a fresh process that compiles with this cache directory."""
+def first_step(network: str, optimizer: str, temporary: Path) -> dict[str, Any]:
+    """Seconds of the phases of a fresh process that has this directory for temporary files."""
     environment = {
         **os.environ,
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
+        "TMPDIR": str(temporary),
+        "TORCHINDUCTOR_CACHE_DIR": str(temporary / "inductor"),
         "OMP_NUM_THREADS": str(torch.get_num_threads()),
         "PYTHONPATH": os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }

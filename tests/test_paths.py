@@ -149,9 +149,12 @@ FIXED = {
 }
 
 
+CHUNK_NUMEL = 2_097_152  # several chunks of each matrix that is not stepped in one call
+
+
 @pytest.mark.parametrize("name", FIXED)
 def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_depth_first, "CHUNK_NUMEL", 2_097_152)  # several of each matrix that is not stepped in one call
+    monkeypatch.setattr(_depth_first, "CHUNK_NUMEL", CHUNK_NUMEL)
     monkeypatch.setattr(_depth_first, "blocking_of", functools.cache(_depth_first.blocking_of.__wrapped__))
     # In float32 the RMS of millions of elements is off by 1e-4 in the reference, and by 1e-7 in the compiled passes.
     exact = torch.float64 if "chunks" in name else None
