@@ -116,7 +116,7 @@ def test_more_classes_than_the_recompile_limit() -> None:
     """Each pass is one graph, none is given up, and the global limit stays."""
     limit = torch._dynamo.config.recompile_limit
     groups, twins = [], []
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for beta1 in (None, 0.9):
             shapes = [(4, 6), (7,), (5000,)]
             groups.append({"params": make(shapes, dtype=dtype), "beta1": beta1})
