@@ -126,8 +126,8 @@ def _direct(code: Code, made: Made, function: Callable[..., Any]) -> Graph:
     """
     signature = inspect.signature(function, eval_str=True)
     parameters = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in signature.parameters.values()]
-    lines = f"count([{', '.join(made.inputs[i] for i in made.written)}]), code([{', '.join(made.inputs)}])"
-    call: Graph = eval(f"lambda {', '.join(parameters)}: ({lines})[1]", {"count": increment_version, "code": code})
+    lines = f"_count([{', '.join(made.inputs[i] for i in made.written)}]), _code([{', '.join(made.inputs)}])"
+    call: Graph = eval(f"lambda {', '.join(parameters)}: ({lines})[1]", {"_count": increment_version, "_code": code})
     if signature.return_annotation is None:
         return call
     make = signature.return_annotation._make

@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import copy_context
 from typing import IO, Any, cast
 
 import torch
@@ -34,7 +35,7 @@ def helped(calls: Sequence[Any], options: dict[str, Any]) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(_compile_nothing, options)
+        thread.submit(copy_context().run, _compile_nothing, options)  # Inductor's settings belong to a context
         alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
         with _process(calls) if len(calls) > 1 and alone and sys.executable else nullcontext():
             yield

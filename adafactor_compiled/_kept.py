@@ -1,6 +1,6 @@
 """Compiled passes kept on disk, beside what Inductor keeps: a process that finds one there need not trace it again.
 
-Inductor's cache is asked for a graph, which Dynamo must trace first: 1 to 2 s for each pass, and the import of Inductor as a
+Inductor's cache is asked for a graph, which must be traced first: up to 1 s for each pass, and the import of Inductor as a
 whole. What a pass has been compiled to needs 10 ms to load, and is the same in each process with the same `_environment`.
 """
 
