@@ -22,8 +22,8 @@ MANY = 300  # tests: all of them, rather than a file or two
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Those of several ranks last: they need both cores, and find more compiled ahead."""
-    items.sort(key=lambda item: "distributed" in item.path.parts)
+    """First the longest that compiles no passes, and those of several ranks last: the others find more compiled ahead."""
+    items.sort(key=lambda item: ("distributed" in item.path.parts) - (item.path.name == "test_train_loop.py"))
 
 
 def pytest_collection_finish() -> None:
