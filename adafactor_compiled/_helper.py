@@ -35,14 +35,14 @@ def helped(calls: Sequence[Any], options: dict[str, Any]) -> Iterator[None]:
         yield
         return
     with ThreadPoolExecutor(1) as thread:
-        thread.submit(copy_context().run, _compile_nothing, options)  # Inductor's settings belong to a context
+        thread.submit(copy_context().run, _precompile_headers, options)  # Inductor's settings belong to a context
         alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
         with _process(calls) if len(calls) > 1 and alone and sys.executable else nullcontext():
             yield
 
 
-def _compile_nothing(options: dict[str, Any]) -> None:
-    """What Inductor does once with the C++ compiler, before its first code: it precompiles headers, which takes 6 s.
+def _precompile_headers(options: dict[str, Any]) -> None:
+    """What Inductor does before it compiles its first code, but not in time: 6 s with the C++ compiler.
 
     A failure is met again there.
     """
@@ -50,7 +50,8 @@ def _compile_nothing(options: dict[str, Any]) -> None:
     from torch._inductor.codecache import CppPythonBindingsCodeCache
 
     with config.patch(options):
-        CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}', needs_vec_isa=True)
+        # Code that is then not compiled.
+        CppPythonBindingsCodeCache.load_pybinding_async([], "", needs_vec_isa=True, submit_fn=lambda _: None)
 
 
 @contextmanager
