@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext, suppress
 from contextvars import copy_context
+from importlib import import_module
 from typing import IO, Any, cast
 
 import torch
@@ -34,11 +35,12 @@ def helped(calls: Sequence[Any], options: dict[str, Any]) -> Iterator[None]:
     if not calls or config.compile_threads == 1 or _kept.place_of("") is None:
         yield
         return
-    with ThreadPoolExecutor(1) as thread:
+    alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
+    with _process(calls) if len(calls) > 1 and alone and sys.executable else nullcontext(), ThreadPoolExecutor(1) as thread:
+        # It imports setuptools, which changes `sys.meta_path` for a moment: not in the thread, while this one imports.
+        import_module("torch.utils.cpp_extension")
         thread.submit(copy_context().run, _precompile_headers, options)  # Inductor's settings belong to a context
-        alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
-        with _process(calls) if len(calls) > 1 and alone and sys.executable else nullcontext():
-            yield
+        yield
 
 
 def _precompile_headers(options: dict[str, Any]) -> None:

@@ -28,8 +28,20 @@ from adafactor_compiled._numbers import Numbers
 STEP = """
 import json
 import sys
+import threading
 
 import torch
+
+
+class Watched(list):
+    threads = set()
+
+    def insert(self, *arguments):
+        self.threads.add(threading.current_thread() is threading.main_thread())
+        super().insert(*arguments)
+
+
+sys.meta_path = Watched(sys.meta_path)
 
 from adafactor_compiled import Adafactor
 
@@ -43,6 +55,7 @@ from torch._dynamo.utils import counters
 
 report = {kind: counters["adafactor_compiled"][f"passes_{kind}"] for kind in ("compiled", "found")}
 report["inductor"] = "torch._inductor.compile_fx" in sys.modules
+report["changes_imports_in_a_thread"] = False in Watched.threads
 print(json.dumps(report | {"params": [p.tolist() for p in params], "versions": [p._version for p in params]}))
 """
 
@@ -59,6 +72,7 @@ def test_a_later_process_compiles_nothing(tmp_path: Path) -> None:
     first = first_step(tmp_path)
     assert first["compiled"] + first["found"] == 2  # a matrix, and vectors: of two processes' making
     assert first["compiled"] > 0
+    assert not first["changes_imports_in_a_thread"], "an import of the main thread may find nothing meanwhile"
     assert len(list(tmp_path.glob("adafactor_compiled/*.json"))) == 2
     second = first_step(tmp_path)
     assert (second["compiled"], second["found"], second["inductor"]) == (0, 2, False)
