@@ -122,7 +122,7 @@ def _direct(code: Code, made: Made, function: Callable[..., Any]) -> Graph:
     """The call of Inductor's code.
 
     One function from the arguments of the pass to the code: each call of another function in between would take 0.5 us, and
-    what Inductor wraps its code in 6 us. All that it does here is to count the versions of what is written.
+    Inductor's own call of it 6 us. All that it does here is to count the versions of what is written.
     """
     signature = inspect.signature(function, eval_str=True)
     parameters = [x.name if x.default is x.empty else f"{x.name}={x.default!r}" for x in signature.parameters.values()]

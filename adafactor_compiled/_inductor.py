@@ -84,4 +84,7 @@ def _traced(function: Callable[..., Any], examples: tuple[Any, ...]) -> tuple[fx
     with _disable_current_modes(), torch.no_grad(), tracing():
         graph = make_fx(functional, select_decomp_table(), tracing_mode="symbolic")(*inputs.values())
     graph.graph.eliminate_dead_code()
+    output = graph.graph.output_node()
+    outputs = cast(tuple[Any, ...], output.args[0])
+    output.meta["user_visible_output_idxs"] = list(range(len(outputs)))  # or Inductor may lay them out in another way
     return graph, list(inputs)
