@@ -10,7 +10,6 @@ import math
 from typing import Any
 
 from torch._inductor.codegen.cpp import OuterLoopFusedSchedulerNode
-from torch._inductor.custom_graph_pass import CustomSchedulerPass, get_hash_for_files
 from torch._inductor.dependencies import MemoryDep
 from torch._inductor.scheduler import BaseSchedulerNode
 
@@ -18,15 +17,10 @@ Nodes = list[BaseSchedulerNode]
 Loops = tuple[tuple[Any, ...], tuple[Any, ...]]  # the sizes of a nest of loops, and of those inside it that sum
 
 
-class JoinBlockLoops(CustomSchedulerPass):
+def join_block_loops(nodes: Nodes) -> Nodes:
     """Runs after Inductor's own fusion; a graph in which it does not find what it looks for stays as it is."""
-
-    def __call__(self, nodes: Nodes) -> Nodes:
-        blocks = _blocks_of({loops for node in nodes for loops in _loops_of(node)})
-        return nodes if blocks is None else _join(nodes, blocks)
-
-    def uuid(self) -> Any:
-        return get_hash_for_files((__file__,))  # part of the key of Inductor's cache
+    blocks = _blocks_of({loops for node in nodes for loops in _loops_of(node)})
+    return nodes if blocks is None else _join(nodes, blocks)
 
 
 def _loops_of(node: BaseSchedulerNode) -> list[Loops]:

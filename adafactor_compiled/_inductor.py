@@ -27,7 +27,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import _disable_current_modes
 from torch.utils._pytree import keystr, tree_flatten_with_path, tree_unflatten
 
-from adafactor_compiled._fusion import JoinBlockLoops
+from adafactor_compiled._fusion import join_block_loops
 from adafactor_compiled._kept import Made
 
 COPY = torch.ops.aten.copy_.default
@@ -62,7 +62,7 @@ def compile_pass(
     mode = detect_fake_mode(values)
     options = {**options, "fx_graph_cache": False}  # this package keeps it: Inductor's cache would once more
     if in_blocks:
-        options["_post_fusion_custom_pass"] = JoinBlockLoops()
+        options["_post_fusion_custom_pass"] = join_block_loops
     with config.patch(options), V.set_fake_mode(mode), tracing_context(TracingContext(mode)):
         compiled = cast(CompiledFxGraph, compile_fx_inner(graph, values, is_inference=True))
     return compiled, Made(compiled.source_code, inputs, [i for i, node in enumerate(placeholders) if node in written])

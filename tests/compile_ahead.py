@@ -5,7 +5,6 @@ A test that comes first compiles for itself, and both go on with what the other 
 
 from __future__ import annotations
 
-import functools
 import os
 import subprocess
 import sys
@@ -46,7 +45,6 @@ def main() -> None:
         problem_of((4101, 1030), dtype=BFLOAT16, **rounded),
     ]
     _depth_first.CHUNK_NUMEL = CHUNK_NUMEL
-    _depth_first.blocking_of = functools.cache(_depth_first.blocking_of.__wrapped__)
     for problem in [*FIXED.values(), *more]:
         Adafactor(problem.param_groups(), compile=True).warm_up()
 

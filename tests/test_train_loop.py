@@ -54,8 +54,7 @@ FEATURES = {
 }
 CASES = [
     *((feature, {"compile": True}) for feature in FEATURES),
-    ("LambdaLR", {"compile": False}),
-    ("warmup_init", {"foreach": False}),
+    *((feature, path) for feature in ("LambdaLR", "warmup_init") for path in ({"compile": False}, {"foreach": False})),
 ]
 
 
