@@ -15,6 +15,7 @@ from adafactor_compiled import _blocked
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._helper import helped
 from adafactor_compiled._progress import progress
+from adafactor_compiled._shape_class import ShapeClass
 from adafactor_compiled._unrolled import kernel_statistics
 
 CPU_OPTIONS: dict[str, Any] = {
@@ -98,15 +99,18 @@ def compile_seconds(key: Pass) -> float | None:
     return _ready.get(key)
 
 
-def make_ready(calls: Sequence[Call], device: torch.device, show_progress: bool | None) -> None:
+def make_ready(
+    calls: Sequence[Call], device: torch.device, show_progress: bool | None, like: Sequence[ShapeClass] = ()
+) -> None:
     """Compile the passes that are not compiled yet, by calling each on tensors made for it.
 
-    Processes that do so at the same time, as ranks of a machine do, share the work.
+    Processes that do so at the same time, as ranks of a machine do, share the work. Where there is any, another process goes
+    on with passes of all kinds for classes `like` these.
     """
     missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
     missing.sort(key=lambda call: call.key.function is not kernel_statistics)  # the longest first: processes end together
     not_kept = [call for call in missing if isinstance(function := compiled(call.key), Direct) and not function.is_kept()]
-    with helped(not_kept, CPU_OPTIONS):
+    with helped(not_kept, CPU_OPTIONS, like):
         for _ in progress(list(missing), "compiling Adafactor", show_progress):
             start = time.perf_counter()
             call = next((call for call in missing if _compile(call, device, wait=False)), None)

@@ -78,7 +78,7 @@ class Blocking(NamedTuple):
     def chunks_to_apply(self) -> Iterator[Part]:
         """What is applied in one go, in one block."""
         numel = self.chunks_per_apply * self.chunk_numel
-        if (per_chunk := numel // (self.rows * self.columns)) > 1:
+        if self.slices > 1 and (per_chunk := numel // (self.rows * self.columns)) > 1:
             yield from self._slices(per_chunk, (1, self.rows))
             return
         step = max(1, numel // self.columns)

@@ -324,7 +324,8 @@ class Adafactor(Optimizer):
         try:
             for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
                 calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
-                make_ready(list(chain(*calls)), device, self.show_progress)
+                like = [parts[i].shape_class for i in of_device]
+                make_ready(list(chain(*calls)), device, self.show_progress, like)
             sharded = [x for x in entries if isinstance(x.param, DTensor) and path_of(x.group) == "compiled"]
             for device, of_device in group_by_class(x.param.device for x in sharded).items():
                 make_ready(_sharded_calls.calls_of(sharded[i] for i in of_device), device, self.show_progress)

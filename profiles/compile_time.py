@@ -3,7 +3,8 @@
 Each figure is from a fresh process: the import of the package, the construction of the optimizer and its first step, beyond
 the import of torch. Every network starts with an empty directory for temporary files, where Inductor keeps its cache and the
 headers that it precompiles (cold), then once more with what that left (warm), and once with what another network left
-(unseen). Beside it torch.compile on torch.optim.AdamW.step.
+(unseen), whose process stayed until nothing was compiled in the background, as one that trains does. Beside it torch.compile
+on torch.optim.AdamW.step.
 """
 
 from __future__ import annotations
@@ -37,8 +38,11 @@ class Case(NamedTuple):
     unseen_after: str | None  # the network that fills the cache for the third figure
 
 
-def first_step(network: str, optimizer: str, temporary: Path) -> dict[str, Any]:
-    """Seconds of the phases of a fresh process that has this directory for temporary files."""
+def first_step(network: str, optimizer: str, temporary: Path, stays: bool = False) -> dict[str, Any]:
+    """Seconds of the phases of a fresh process that has this directory for temporary files.
+
+    One that `stays` ends when nothing is compiled in the background any more.
+    """
     environment = {
         **os.environ,
         "TMPDIR": str(temporary),
@@ -47,9 +51,8 @@ def first_step(network: str, optimizer: str, temporary: Path) -> dict[str, Any]:
         "PYTHONPATH": os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")]),
     }
     start = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, str(CHILD), network, optimizer], capture_output=True, text=True, env=environment, check=False
-    )
+    command = [sys.executable, str(CHILD), network, optimizer, "stays" if stays else "leaves"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     if done.returncode:
         raise SystemExit(f"the first step of {optimizer} on {network} failed:\n{done.stderr}")
     phases: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -63,7 +66,7 @@ def measure_case(case: Case) -> dict[str, Any]:
         phases["cold"] = first_step(case.network, case.optimizer, Path(own))
         phases["warm"] = first_step(case.network, case.optimizer, Path(own))
         if case.unseen_after is not None:
-            first_step(case.unseen_after, case.optimizer, Path(other))
+            phases["before_unseen"] = first_step(case.unseen_after, case.optimizer, Path(other), stays=True)
             phases["unseen"] = first_step(case.network, case.optimizer, Path(other))
     print(
         f"{case.optimizer} on {case.network}: " + ", ".join(f"{k} {v['seconds']:.1f} s" for k, v in phases.items()), flush=True

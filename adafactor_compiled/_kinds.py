@@ -1,0 +1,31 @@
+"""The kinds of parameters that networks are made of, each a graph or two: what else to compile while the first one trains."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from adafactor_compiled import _routes
+from adafactor_compiled._compile import Call
+from adafactor_compiled._shape_class import ShapeClass, contiguous_stride
+
+SHAPES = (
+    (64,),  # biases and norms
+    (64, 64),  # small matrices
+    (1024, 1024),  # linear layers
+    (4096, 4096),  # embeddings, and linear layers of which two do not fit in cache
+    (64, 64, 1, 1),  # convolutions: 1 x 1,
+    (64, 64, 3, 3),  # 3 x 3,
+    (64, 3, 7, 7),  # the first of a network for images,
+    (768, 3, 16, 16),  # and one of its patches
+)
+
+
+def calls_like(classes: Iterable[ShapeClass]) -> list[Call]:
+    """The compiled calls for all kinds, with the dtypes and options of these classes."""
+    like = dict.fromkeys((x.device, x.dtype, x.grad_dtype, x.momentum, x.rounding) for x in classes)
+    calls = []
+    for device, dtype, grad_dtype, momentum, rounding in like:
+        for shape in SHAPES:
+            stride = contiguous_stride(shape)
+            calls += _routes.calls_of(ShapeClass(shape, stride, stride, dtype, grad_dtype, device, momentum, rounding), 1)
+    return calls
