@@ -28,16 +28,22 @@ def materialize(x: Tensor) -> Tensor:
     return torch.as_strided(x, x.shape, x.stride())
 
 
-# With AVX2 a step of GPT-2 takes 3 % less in loops over two vectors at a time; with AVX-512 that is not known.
-TWO_VECTORS = torch.backends.cpu.get_cpu_capability() == "AVX2"
+def fills_two_vectors(columns: int) -> bool:
+    """Whether sums over rows of so many columns go over two vectors at a time, which a graph is for or is not.
+
+    With AVX2 they take whole lines of cache then, each read once where they are far apart: a step of 16 x 4096 takes a sixth
+    less, one of GPT-2 3 %. With AVX-512 one vector is a line.
+    """
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and columns >= 16
 
 
-def shared(numbers: Numbers, two_vectors: bool) -> Tensor:
+def shared(numbers: Numbers, g: Tensor) -> Tensor:
     """A 1 by which to multiply what is summed: Inductor gives sums one loop only if they read something in common.
 
     In bfloat16 it also makes a loop go over two vectors of float32 at a time, as numbers of half the width fill one.
     """
-    return materialize(numbers.one.to(torch.bfloat16)) if two_vectors else numbers.one
+    two = g.dtype == torch.float32 and fills_two_vectors(g.shape[-1])
+    return materialize(numbers.one.to(torch.bfloat16)) if two else numbers.one
 
 
 def static(size: int) -> int:
@@ -62,9 +68,7 @@ def statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> Sums:
 def _statistics(p: Tensor, g: Tensor, row: Tensor, table: Tensor) -> tuple[Sums, Tensor]:
     """And 1 / sqrt of the new `row`."""
     numbers = Numbers.of(table)
-    # A matrix of one block may have columns too few to fill two vectors.
-    one_block = g.shape[-3] == 1
-    one = shared(numbers, TWO_VECTORS and g.dtype == torch.float32 and not one_block)
+    one_block, one = g.shape[-3] == 1, shared(numbers, g)
     p, g = p.view_as(g).to(table.dtype), g.to(table.dtype)
     # Additions wait for the ones before them, so that two sums in one loop take little longer than one: a tenth of a step.
     row_sq, param_sq = ((x * (x * one)).sum(-1) for x in (g, p))

@@ -15,7 +15,6 @@ from adafactor_compiled import _blocked
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._helper import helped
 from adafactor_compiled._progress import progress
-from adafactor_compiled._shape_class import ShapeClass
 from adafactor_compiled._unrolled import kernel_statistics
 
 CPU_OPTIONS: dict[str, Any] = {
@@ -91,6 +90,11 @@ def size_variant(*sizes: int) -> tuple[int, ...]:
     return tuple(min(size, 2) for size in sizes)
 
 
+def blocks_variant(*sizes: int) -> tuple[int, ...]:
+    """What a graph of sums over blocks depends on, the last size being that of a row."""
+    return (*size_variant(*sizes), _blocked.fills_two_vectors(sizes[-1]))
+
+
 _ready: dict[Pass, float] = {}  # and the seconds it took; of this process, as are the compiled passes
 
 
@@ -100,18 +104,27 @@ def compile_seconds(key: Pass) -> float | None:
 
 
 def make_ready(
-    calls: Sequence[Call], device: torch.device, show_progress: bool | None, like: Sequence[ShapeClass] = ()
+    calls: Sequence[Call], device: torch.device, show_progress: bool | None, kinds: Callable[[], list[Call]] = list
 ) -> None:
     """Compile the passes that are not compiled yet, by calling each on tensors made for it.
 
-    Processes that do so at the same time, as ranks of a machine do, share the work. Where there is any, another process goes
-    on with passes of all kinds for classes `like` these.
+    Processes that do so at the same time, as ranks of a machine do, share the work.
+
+    Args:
+        calls: what is needed, one of each pass at least.
+        device: of the tensors.
+        show_progress: see `Adafactor`.
+        kinds: the calls of all kinds of networks (`_kinds.py`). A pass that is one of theirs is compiled for their shapes,
+            since which loops are worth two threads is up to those it is compiled for; and where there is anything to
+            compile, another process goes on with them.
     """
-    missing = [call for call in {call.key: call for call in calls}.values() if call.key not in _ready]
+    needed = {call.key: call for call in calls if call.key not in _ready}
+    not_kept = [key for key in needed if isinstance(function := compiled(key), Direct) and not function.is_kept()]
+    of_kinds = {call.key: call for call in kinds()} if not_kept else {}
+    missing = [of_kinds.get(key, call) for key, call in needed.items()]
     missing.sort(key=lambda call: call.key.function is not kernel_statistics)  # the longest first: processes end together
-    not_kept = [call for call in missing if isinstance(function := compiled(call.key), Direct) and not function.is_kept()]
-    with helped(not_kept, CPU_OPTIONS, like):
-        for _ in progress(list(missing), "compiling Adafactor", show_progress):
+    with helped([call for call in missing if call.key in not_kept], CPU_OPTIONS, list(of_kinds.values())):
+        for _ in progress([*missing], "compiling Adafactor", show_progress):
             start = time.perf_counter()
             call = next((call for call in missing if _compile(call, device, wait=False)), None)
             if call is None:  # other processes compile all that is left

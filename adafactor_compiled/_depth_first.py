@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled import _blocked
-from adafactor_compiled._compile import size_variant
+from adafactor_compiled._compile import blocks_variant, size_variant
 from adafactor_compiled._passes import Members, Runner
 
 BLOCK_NUMEL = 65_536  # a block of rows stays in the second-level cache between two reads: 256 KB in float32
@@ -116,7 +116,7 @@ def _whole_of(slices: int, rows: int, columns: int, block: int) -> Whole:
         function, shape = _blocked.step_small_matrix, (*lead, rows, columns)
     else:
         function, shape = _blocked.step_matrix, (*lead, rows // block, block, columns)
-    return Whole(function, shape, (*lead, columns), size_variant(*shape))
+    return Whole(function, shape, (*lead, columns), blocks_variant(*shape))
 
 
 @functools.cache
@@ -187,7 +187,7 @@ def statistics_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runn
     col_sq, weighted_sq, row_sum = (table.new_zeros(shape) for shape in ((slices, columns), (slices, columns), (slices,)))
     param_sq = table.new_zeros(())
     for part in blocking.chunks():
-        sums = run(_blocked.statistics, size_variant(*part.blocks, columns), part.of(p), part.of(g), part.of(row), table)
+        sums = run(_blocked.statistics, blocks_variant(*part.blocks, columns), part.of(p), part.of(g), part.of(row), table)
         at = part.slices
         torch._foreach_add_([col_sq[at], weighted_sq[at], row_sum[at], param_sq], list(sums))
     return _blocked.Sums(col_sq, weighted_sq, row_sum, param_sq)

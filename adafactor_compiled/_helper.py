@@ -25,15 +25,14 @@ import torch
 
 from adafactor_compiled import _kept
 from adafactor_compiled._direct import Direct
-from adafactor_compiled._shape_class import ShapeClass
 
 
 @contextmanager
-def helped(calls: Sequence[Any], options: dict[str, Any], like: Sequence[ShapeClass]) -> Iterator[None]:
+def helped(calls: Sequence[Any], options: dict[str, Any], others: Sequence[Any]) -> Iterator[None]:
     """Within it another process compiles passes of `calls`, all of them `Direct`, and a thread readies Inductor for `options`.
 
-    The process then goes on with all kinds of passes for classes `like` these. None is started where there is nothing to
-    compile, on one core (Inductor's `compile_threads`), where nothing is kept on disk, or by a rank of several on a machine.
+    The process then goes on with `others`, which nobody waits for. None is started where there is nothing to compile, on one
+    core (Inductor's `compile_threads`), where nothing is kept on disk, or by a rank of several on a machine.
     """
     from torch._inductor import config
 
@@ -42,7 +41,7 @@ def helped(calls: Sequence[Any], options: dict[str, Any], like: Sequence[ShapeCl
         return
     alone = os.environ.get("LOCAL_WORLD_SIZE", "1") == "1"
     if alone and sys.executable:
-        _start(calls, like)
+        _start(calls, others)
     with ThreadPoolExecutor(1) as thread:
         # It imports setuptools, which changes `sys.meta_path` for a moment: not in the thread, while this one imports.
         import_module("torch.utils.cpp_extension")
@@ -66,7 +65,7 @@ def _precompile_headers(options: dict[str, Any]) -> None:
 _running: list[subprocess.Popen[bytes]] = []  # one at most
 
 
-def _start(calls: Sequence[Any], like: Sequence[ShapeClass]) -> None:
+def _start(calls: Sequence[Any], others: Sequence[Any]) -> None:
     """Start the process, instead of one that still runs."""
     stop()
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
@@ -74,7 +73,7 @@ def _start(calls: Sequence[Any], like: Sequence[ShapeClass]) -> None:
     process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=silent, stderr=silent, env=environment)
     _running.append(process)
     with suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:  # it is welcome, but nobody depends on it
-        pickle.dump((torch.get_num_threads(), list(calls), list(like)), stdin)
+        pickle.dump((torch.get_num_threads(), list(calls), list(others)), stdin)
 
 
 @atexit.register
@@ -94,10 +93,9 @@ def wait() -> None:
 
 def main() -> None:
     from adafactor_compiled._compile import compiled
-    from adafactor_compiled._kinds import calls_like
 
     parent = os.getppid()
-    threads, calls, like = pickle.load(sys.stdin.buffer)
+    threads, calls, others = pickle.load(sys.stdin.buffer)
     torch.set_num_threads(threads)
 
     def compile_all(calls: Sequence[Any]) -> None:
@@ -106,8 +104,8 @@ def main() -> None:
                 cast(Direct, compiled(call.key)).compile(call.arguments, wait=False)
 
     compile_all(calls)
-    os.nice(10)  # nobody waits for the rest
-    compile_all(calls_like(like))
+    os.nice(10)
+    compile_all(others)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,7 @@
-"""The kinds of parameters that networks are made of, each a graph or two: what else to compile while the first one trains."""
+"""The kinds of parameters that networks are made of, each a graph or two.
+
+Their shapes are what graphs are compiled for, whichever network comes first, and what is compiled in the background for others.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +13,9 @@ from adafactor_compiled._shape_class import ShapeClass, contiguous_stride
 
 SHAPES = (
     (64,),  # biases and norms
-    (64, 64),  # small matrices
+    (64, 512),  # small matrices
+    (512, 8),  # with rows shorter than two vectors, as in LoRA of rank 8
+    (4096, 8),
     (1024, 1024),  # linear layers
     (4096, 4096),  # embeddings, and linear layers of which two do not fit in cache
     (64, 64, 1, 1),  # convolutions: 1 x 1,

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from adafactor_compiled import _blocked
 from adafactor_compiled._blocked import Factors, Sums, materialize
-from adafactor_compiled._compile import size_variant
+from adafactor_compiled._compile import blocks_variant, size_variant
 from adafactor_compiled._depth_first import Matrix, apply_in_chunks, blocking_of, statistics_in_chunks
 from adafactor_compiled._numbers import Numbers
 from adafactor_compiled._passes import Runner
@@ -85,7 +85,8 @@ class Piece:
             lead = self.lead
             return Sums(self._of_slices(sums.col_sq), self._of_slices(sums.weighted_sq), sums.row.reshape(lead), sums.param_sq)
         row = _unflatten(x.row, -1, self.blocks)
-        whole: Sums = self.run(_blocked.statistics, self.variant, self._cut(x.p), self._cut(x.g), row, self.table)
+        variant = blocks_variant(*self.lead, *self.blocks, x.p.shape[-1])
+        whole: Sums = self.run(_blocked.statistics, variant, self._cut(x.p), self._cut(x.g), row, self.table)
         return whole
 
     def plain_sums(self) -> PlainSums:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from functools import partial
 from itertools import chain
 from typing import Any
 
@@ -13,7 +14,18 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import _amp, _capturable, _options, _placements, _routes, _scheduled, _sharded, _sharded_calls, _state
+from adafactor_compiled import (
+    _amp,
+    _capturable,
+    _kinds,
+    _options,
+    _placements,
+    _routes,
+    _scheduled,
+    _sharded,
+    _sharded_calls,
+    _state,
+)
 from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
 from adafactor_compiled._exchange import Exchange
 from adafactor_compiled._faults import counts_kept_true
@@ -324,8 +336,8 @@ class Adafactor(Optimizer):
         try:
             for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
                 calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
-                like = [parts[i].shape_class for i in of_device]
-                make_ready(list(chain(*calls)), device, self.show_progress, like)
+                kinds = partial(_kinds.calls_like, [parts[i].shape_class for i in of_device])
+                make_ready(list(chain(*calls)), device, self.show_progress, kinds)
             sharded = [x for x in entries if isinstance(x.param, DTensor) and path_of(x.group) == "compiled"]
             for device, of_device in group_by_class(x.param.device for x in sharded).items():
                 make_ready(_sharded_calls.calls_of(sharded[i] for i in of_device), device, self.show_progress)

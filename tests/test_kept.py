@@ -25,9 +25,7 @@ from torch._inductor.utils import fresh_cache
 from adafactor_compiled import _compile, _helper, _kept
 from adafactor_compiled._blocked import Sums, statistics
 from adafactor_compiled._direct import Direct
-from adafactor_compiled._kinds import calls_like
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._shape_class import ShapeClass
 
 STEP = """
 import json
@@ -162,9 +160,6 @@ def test_a_pass_is_compiled_by_one_process_at_a_time() -> None:
 CALLS = [_compile.Call(_compile.Pass(statistics, "cpu", (i,)), tuple(x.to("meta") for x in arguments())) for i in range(2)]
 
 
-MATRIX = ShapeClass((8, 8), (8, 1), (8, 1), torch.float32, torch.float32, torch.device("cpu"), momentum=False)
-
-
 @pytest.mark.usefixtures("empty_cache")
 def test_another_process_helps() -> None:
     _helper._start(CALLS, [])
@@ -184,29 +179,29 @@ def test_another_process_helps() -> None:
 )
 def test_who_is_helped(calls: int, threads: int, ranks: int, helps: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     started = []
-    monkeypatch.setattr(_helper, "_start", lambda calls, like: started.append((len(calls), like)))
+    monkeypatch.setattr(_helper, "_start", lambda calls, others: started.append((calls, others)))
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(ranks))
-    with inductor_config.patch(compile_threads=threads), _helper.helped(CALLS[:calls], {}, [MATRIX]):
+    with inductor_config.patch(compile_threads=threads), _helper.helped(CALLS[:calls], {}, CALLS):
         pass
-    assert started == ([(calls, [MATRIX])] if helps else [])
+    assert started == ([(CALLS[:calls], CALLS)] if helps else [])
 
 
 @pytest.mark.parametrize("parent_lives", [True, False])
 def test_it_goes_on_with_other_kinds_at_a_low_priority(parent_lives: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     done: list[Any] = []
-    parents = iter([1, 1, *[1 if parent_lives else 0] * 100])
-    stdin = io.TextIOWrapper(io.BytesIO(pickle.dumps((torch.get_num_threads(), CALLS[:1], [MATRIX]))))
+    parents = iter([1, 1, *[1 if parent_lives else 0] * 2])
+    stdin = io.TextIOWrapper(io.BytesIO(pickle.dumps((torch.get_num_threads(), CALLS[:1], CALLS))))
     monkeypatch.setattr(sys, "stdin", stdin)
     monkeypatch.setattr(os, "getppid", lambda: next(parents))
     monkeypatch.setattr(os, "nice", done.append)
     monkeypatch.setattr(Direct, "compile", lambda self, arguments, wait: done.append((self._name, wait)))
     _helper.main()
-    others = [(_compile.compiled(call.key)._name, False) for call in calls_like([MATRIX])]
-    assert done == [(direct(CALLS[0].key.variant)._name, False), 10, *(others if parent_lives else [])]
+    first, second = ((direct(call.key.variant)._name, False) for call in CALLS)
+    assert done == [first, 10, *([first, second] if parent_lives else [])]
 
 
 def test_it_ends_with_its_parent() -> None:
-    _helper._start(CALLS, [MATRIX])
+    _helper._start(CALLS, CALLS)
     (process,) = _helper._running
     _helper.stop()
     assert process.returncode == -signal.SIGKILL

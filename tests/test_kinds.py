@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
 
-from adafactor_compiled import _routes
+from adafactor_compiled import _compile, _routes
+from adafactor_compiled._direct import Direct
 from adafactor_compiled._kinds import SHAPES, calls_like
 from adafactor_compiled._shape_class import ShapeClass, contiguous_stride
 
@@ -33,6 +35,19 @@ def test_every_network_finds_all_its_passes(
             call.key for shape in set(shapes()) for call in _routes.calls_of(class_of(shape, dtype, momentum, rounding), 1)
         ]
         assert kinds.issuperset(needed), network
+
+
+def test_a_pass_is_compiled_for_the_shapes_of_its_kind(monkeypatch: pytest.MonkeyPatch) -> None:
+    class_ = class_of((3, 5), torch.float32, False, False)
+    compiled = []
+    monkeypatch.setattr(_compile, "_ready", {})
+    monkeypatch.setattr(_compile, "compiled", lambda key: Direct(key.function, ("never kept",), {}, in_blocks=False))
+    monkeypatch.setattr(_compile, "helped", lambda *arguments: nullcontext())
+    monkeypatch.setattr(_compile, "_compile", lambda call, device, wait: compiled.append(call) or True)
+    calls = _routes.calls_of(class_, 1)
+    _compile.make_ready(calls, torch.device("cpu"), False, lambda: calls_like([class_]))
+    assert [call.key for call in compiled] == [call.key for call in calls]
+    assert compiled[0].arguments[0].shape == (512, 8)
 
 
 def test_each_kind_is_another_pass() -> None:
