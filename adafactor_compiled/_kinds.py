@@ -14,7 +14,7 @@ from adafactor_compiled._shape_class import ShapeClass, contiguous_stride
 SHAPES = (
     (64,),  # biases and norms
     (64, 512),  # small matrices
-    (512, 8),  # with rows shorter than two vectors, as in LoRA of rank 8
+    (512, 8),  # small and large ones with rows shorter than two vectors, as in LoRA of rank 8
     (4096, 8),
     (1024, 1024),  # linear layers
     (4096, 4096),  # embeddings, and linear layers of which two do not fit in cache

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import gc
 import os
-from contextlib import nullcontext
-from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads of two processes share the cores
 
 import pytest
 import tolerances
-from compile_ahead import compiling_ahead
+import two_processes
 from hypothesis import HealthCheck, settings
 
 # A step of a drawn problem may compile, and a shared machine may be slow: no deadline anywhere.
@@ -18,12 +18,10 @@ settings.register_profile("ci", derandomize=True, print_blob=True, **COMMON)
 settings.register_profile("dev", print_blob=True, **COMMON)  # new examples each run; a failure prints how to replay it
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
-MANY = 300  # tests: all of them, rather than a file or two
-
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """First the longest that compiles no passes, and those of several ranks last: the others find more compiled ahead."""
-    items.sort(key=lambda item: ("distributed" in item.path.parts) - (item.path.name == "test_train_loop.py"))
+    """The longest file first: two processes then end together."""
+    items.sort(key=lambda item: item.path.name != "test_train_loop.py")
 
 
 def pytest_collection_finish() -> None:
@@ -32,10 +30,23 @@ def pytest_collection_finish() -> None:
     gc.set_threshold(100_000, 20, 100)
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtestloop(session: pytest.Session) -> Any:
-    with compiling_ahead() if len(session.items) > MANY else nullcontext():
-        return (yield)
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop(session: pytest.Session) -> bool | None:
+    return two_processes.run(session)
+
+
+class Reports:
+    """A plugin of its own, since this hook is not told the configuration."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        two_processes.leave_report(self.config, report)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.pluginmanager.register(Reports(config))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
