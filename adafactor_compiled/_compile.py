@@ -31,7 +31,7 @@ CPU_OPTIONS: dict[str, Any] = {
     "alignment_asserts": False,
     "scalar_asserts": False,
 }
-if torch.backends.cpu.get_cpu_capability() == "AVX2":
+if _blocked.AVX2:
     # Inductor tries vector instructions out, with the C++ compiler: 4 s. All compilers know these; of newer ones that is open.
     CPU_OPTIONS["cpp.vec_isa_ok"] = True
 
@@ -124,7 +124,7 @@ def make_ready(
     missing = [of_kinds.get(key, call) for key, call in needed.items()]
     missing.sort(key=lambda call: call.key.function is not kernel_statistics)  # the longest first: processes end together
     with helped([call for call in missing if call.key in not_kept], CPU_OPTIONS, list(of_kinds.values())):
-        for _ in progress([*missing], "compiling Adafactor", show_progress):
+        for _ in progress(list(missing), "compiling Adafactor", show_progress):
             start = time.perf_counter()
             call = next((call for call in missing if _compile(call, device, wait=False)), None)
             if call is None:  # other processes compile all that is left

@@ -5,7 +5,7 @@ Their shapes are what graphs are compiled for, whichever network comes first, an
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from adafactor_compiled import _routes
 from adafactor_compiled._compile import Call
@@ -25,12 +25,11 @@ SHAPES = (
 )
 
 
-def calls_like(classes: Iterable[ShapeClass]) -> list[Call]:
+def calls_like(classes: Sequence[ShapeClass]) -> list[Call]:
     """The compiled calls for all kinds, with the dtypes and options of these classes."""
-    like = dict.fromkeys((x.device, x.dtype, x.grad_dtype, x.momentum, x.rounding) for x in classes)
     calls = []
-    for device, dtype, grad_dtype, momentum, rounding in like:
-        for shape in SHAPES:
-            stride = contiguous_stride(shape)
-            calls += _routes.calls_of(ShapeClass(shape, stride, stride, dtype, grad_dtype, device, momentum, rounding), 1)
+    for shape in SHAPES:
+        stride = contiguous_stride(shape)
+        for kind in dict.fromkeys(x._replace(shape=shape, stride=stride, grad_stride=stride) for x in classes):
+            calls += _routes.calls_of(kind, 1)
     return calls

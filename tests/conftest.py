@@ -35,18 +35,9 @@ def pytest_runtestloop(session: pytest.Session) -> bool | None:
     return two_processes.run(session)
 
 
-class Reports:
-    """A plugin of its own, since this hook is not told the configuration."""
-
-    def __init__(self, config: pytest.Config) -> None:
-        self.config = config
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        two_processes.leave_report(self.config, report)
-
-
 def pytest_configure(config: pytest.Config) -> None:
-    config.pluginmanager.register(Reports(config))
+    if two_processes.is_second():
+        config.pluginmanager.register(two_processes.Reports(config))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -32,7 +32,7 @@ def run(session: pytest.Session) -> bool | None:
         return None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_compile, "helped", lambda *_: nullcontext())  # both cores have enough to do
-        if DIRECTORY in os.environ:
+        if is_second():
             _run_what_is_left(session, Path(os.environ[DIRECTORY]))
             _leave(tolerances.largest_errors)
         else:
@@ -40,10 +40,18 @@ def run(session: pytest.Session) -> bool | None:
     return True
 
 
-def leave_report(config: pytest.Config, report: pytest.TestReport) -> None:
-    """For pytest_runtest_logreport: what the second process has to say of a test."""
-    if DIRECTORY in os.environ:
-        _leave(config.hook.pytest_report_to_serializable(config=config, report=report))
+def is_second() -> bool:
+    return DIRECTORY in os.environ
+
+
+class Reports:
+    """What the second process has to say of its tests: a plugin, since its hook is not told the configuration."""
+
+    def __init__(self, config: pytest.Config) -> None:
+        self.config = config
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        _leave(self.config.hook.pytest_report_to_serializable(config=self.config, report=report))
 
 
 def _run_with_another(session: pytest.Session) -> None:
