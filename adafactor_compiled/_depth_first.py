@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +48,24 @@ class Whole(NamedTuple):
     shape: tuple[int, ...]  # of p and g there
     col_shape: tuple[int, ...]
     variant: tuple[int, ...]  # what its graph depends on
+
+    def laid_out(
+        self,
+        p: Tensor,
+        g: Tensor,
+        row: Tensor,
+        col: Tensor,
+        exp_avg: Tensor | None,
+        rms: Tensor,
+        update_rms: Tensor,
+        table: Tensor,
+        draws: Tensor | None,
+    ) -> tuple[Any, ...]:
+        """The arguments of its function."""
+        shape = self.shape
+        exp_avg = exp_avg if exp_avg is None else exp_avg.view(shape)
+        row, col = row.view(shape[:-1]), col.view(self.col_shape)
+        return p.view(shape), g.view(shape), row, col, exp_avg, writable(rms), writable(update_rms), table, draws
 
 
 class Blocking(NamedTuple):
@@ -145,14 +163,10 @@ def writable(x: Tensor) -> Tensor:
 def step_members(members: Members, tables: list[Tensor], run: Runner) -> None:
     """Step members of any shapes, R and C at least 2, whose parameters and gradients are contiguous."""
     params, grads, rows, cols, _, exp_avgs, rms, update_rms, draws = members
-    if tables[0].dtype == torch.float64:
-        rms, update_rms = [writable(x) for x in rms], [writable(x) for x in update_rms]
     none = [None] * len(tables)
     matrices = map(Matrix, params, grads, rows, cols, exp_avgs or none, rms, update_rms, draws or none)
-    blockings = [blocking_of(p.shape) for p in params]
-    # All views first: after a large matrix Python finds nothing in cache, and each takes 5 us instead of 1.
-    laid_out = [x if b.whole is None else _in_blocks(b.whole, x) for b, x in zip(blockings, matrices, strict=True)]
-    for blocking, x, table in zip(blockings, laid_out, tables, strict=True):
+    for x, table in zip(matrices, tables, strict=True):
+        blocking = blocking_of(x.p.shape)
         if blocking.whole is None:
             _step_in_chunks(blocking, x, table, run)
         else:
@@ -160,17 +174,7 @@ def step_members(members: Members, tables: list[Tensor], run: Runner) -> None:
 
 
 def _step_whole(whole: Whole, x: Matrix, table: Tensor, run: Runner) -> None:
-    run(whole.function, whole.variant, *x[:-1], table, x.draws)
-
-
-def _in_blocks(whole: Whole, x: Matrix) -> Matrix:
-    p, g, row, col, exp_avg, rms, update_rms, draws = x
-    shape = whole.shape
-    if p.shape == shape:
-        return x
-    col = col if col.shape == whole.col_shape else col.view(whole.col_shape)
-    exp_avg = exp_avg if exp_avg is None else exp_avg.view(shape)
-    return Matrix(p.view(shape), g.view(shape), row.view(shape[:-1]), col, exp_avg, rms, update_rms, draws)
+    run(whole.function, whole.variant, *x[:-1], table, x.draws, lay_out=whole.laid_out)
 
 
 def _step_in_chunks(blocking: Blocking, x: Matrix, table: Tensor, run: Runner) -> None:

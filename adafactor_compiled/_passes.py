@@ -16,7 +16,9 @@ from adafactor_compiled._numbers import Numbers, clip_divisor, step_size
 from adafactor_compiled._rounding import noise_of, noise_of_vectors, rounded, write
 
 # Runs a function on arguments: compiled, or to note what would be compiled. The tuple says what a graph of it depends on.
+# With `lay_out`, the function takes what that makes of the arguments: views of them, which not every call needs to have.
 Runner = Callable[..., Any]
+LayOut = Callable[..., tuple[Any, ...]]
 
 
 class Members(NamedTuple):

@@ -22,7 +22,8 @@ from adafactor_compiled._compile import Call, Pass, compiled, pass_of, size_vari
 from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._direct import Direct
 from adafactor_compiled._numbers import Numbers
-from adafactor_compiled._passes import Members, Runner, step_class
+from adafactor_compiled._passes import LayOut, Members, Runner, step_class
+from adafactor_compiled._recorded import Recorded
 from adafactor_compiled._rounding import DRAWS, SWAPPED
 from adafactor_compiled._shape_class import ANY_SHAPE, ShapeClass, compute_dtype, contiguous_stride, joined, same_layout
 
@@ -54,12 +55,14 @@ def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor
 
     known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members
 
-    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
+    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any, lay_out: LayOut | None = None) -> Any:
         call = known.get((function, variant))
         if call is None:
             call = compiled(_pass_of(shape_class, function, variant))
             call = known[function, variant] = call.for_now() if isinstance(call, Direct) else call
-        return call(*arguments)
+        if lay_out is None:
+            return call(*arguments)
+        return call.laid_out(lay_out, *arguments) if isinstance(call, Recorded) else call(*lay_out(*arguments))
 
     _step(shape_class, members, tables, run, kept)
 
@@ -68,7 +71,8 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
     """Every compiled call that a step of up to k members can need; nothing is computed."""
     shape_class, calls = joined(shape_class), []
 
-    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any) -> Any:
+    def run(function: Callable[..., Any], variant: tuple[int, ...], *arguments: Any, lay_out: LayOut | None = None) -> Any:
+        arguments = arguments if lay_out is None else lay_out(*arguments)
         calls.append(Call(_pass_of(shape_class, function, variant), arguments))
         return function(*arguments)
 
@@ -160,7 +164,7 @@ def _transposed(members: Members) -> Members:
 
 def _step_kernels(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
     all_sums = tables[0].new_zeros(len(tables), 2).unbind()
-    # All views first, as in `_depth_first`.
+    # All views first: after a large kernel Python finds nothing in cache, and each takes 5 us instead of 1.
     calls = [
         _kernel_calls(shape_class, members, i, *of_member) for i, of_member in enumerate(zip(tables, all_sums, strict=True))
     ]
@@ -204,11 +208,16 @@ def _step_elementwise(
 ) -> None:
     """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
     shape, none = _rows_of(numel), [None] * len(tables)
-    large = (members.params, members.grads, second_moments, twins, members.exp_avgs)
-    laid_out = [[x.view(shape) for x in tensors] or none for tensors in large]  # all views first, as in `_depth_first`
-    small = [[writable(x) for x in tensors] for tensors in (members.rms, members.update_rms)]
-    for arguments in zip(*laid_out, *small, tables, members.draws or none, strict=True):
-        run(_blocked.step_elementwise, (bool(twins), *size_variant(*shape)), *arguments)
+
+    def lay_out(p: Tensor, g: Tensor, second_moment: Tensor, *rest: Any) -> tuple[Any, ...]:
+        twin, exp_avg, rms, update_rms, table, draws = rest
+        twin, exp_avg = (x if x is None else x.view(shape) for x in (twin, exp_avg))
+        large = p.view(shape), g.view(shape), second_moment.view(shape), twin, exp_avg
+        return *large, writable(rms), writable(update_rms), table, draws
+
+    large = (members.params, members.grads, second_moments, twins or none, members.exp_avgs or none)
+    for arguments in zip(*large, members.rms, members.update_rms, tables, members.draws or none, strict=True):
+        run(_blocked.step_elementwise, (bool(twins), *size_variant(*shape)), *arguments, lay_out=lay_out)
 
 
 def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> None:
