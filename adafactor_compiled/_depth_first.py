@@ -82,7 +82,7 @@ class Blocking(NamedTuple):
     def chunks(self) -> Iterator[Part]:
         """What is read twice in one go."""
         block = self.block
-        if (per_chunk := self.chunk_numel // (self.rows * self.columns)) > 1:
+        if self.slices > 1 and (per_chunk := self.chunk_numel // (self.rows * self.columns)) > 1:
             yield from self._slices(per_chunk, (self.rows // block, block) if self.rows % block == 0 else (1, self.rows))
             return
         main, step = self.rows - self.rows % block, max(1, self.chunk_numel // (block * self.columns)) * block

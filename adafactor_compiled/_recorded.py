@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from types import FunctionType, MethodType
 from typing import Any
@@ -44,17 +45,19 @@ def recorded(call: Callable[..., None], code: Code, made: Made, signature: inspe
         made: how its arguments go with that.
         signature: of the pass.
     """
-    if not isinstance(code, MethodType) or made.inputs[0] not in signature.parameters:
+    if not isinstance(code, MethodType) or made.inputs[0] != next(iter(signature.parameters)) or not _one_at_a_time():
         return call
     mentioned = set(code.__func__.__code__.co_names)
-    return Recorded(call, code, made, signature) if KERNEL in mentioned and mentioned <= HARMLESS else call
+    return Recorded(call, code, made, signature) if mentioned <= HARMLESS else call
+
+
+def _one_at_a_time() -> bool:
+    """Whether Python's global lock, which a kernel holds, keeps calls from using the memory between them at once."""
+    return bool(getattr(sys, "_is_gil_enabled", lambda: True)())
 
 
 class Recorded:
-    """The pass, called as a whole with sizes that are new to it, and by its kernel alone with others.
-
-    The kernel holds Python's global lock: no two calls use the memory between them at once.
-    """
+    """The pass, called as a whole with sizes that are new to it, and by its kernel alone with others."""
 
     def __init__(self, call: Callable[..., None], code: MethodType, made: Made, signature: inspect.Signature) -> None:
         self._call, self._wrapper, self._made, self._parameters = call, code.__func__, made, names_of(signature)
@@ -84,6 +87,8 @@ class Recorded:
         views = {name: x for name, x in zip(self._made.inputs, in_layout, strict=True) if name in tensors}
         names = {id(x): name for name, x in views.items()}
         passed = self._passed_to_kernel(in_layout)
+        if passed is None:
+            return None
         own = {f"_{i}": x for i, x in enumerate(passed) if isinstance(x, Tensor) and id(x) not in names}
         scratch = _in_scratch(own, list(views.values()))
         if scratch is None or any(x.data_ptr() != views[name].data_ptr() for name, x in tensors.items()):
@@ -104,12 +109,12 @@ class Recorded:
         again: Callable[..., bool] = eval(f"lambda {self._parameters}: _like({', '.join(tensors)}) and {then}", known)
         return again
 
-    def _passed_to_kernel(self, inputs: list[Any]) -> tuple[Any, ...]:
-        """By the wrapper, in front of a kernel that does nothing."""
+    def _passed_to_kernel(self, inputs: list[Any]) -> tuple[Any, ...] | None:
+        """By the wrapper, in front of a kernel that does nothing; None where it calls the kernel more than once, or never."""
         passed: list[tuple[Any, ...]] = []
         noting = {**self._wrapper.__globals__, KERNEL: lambda *arguments: passed.append(arguments)}
         FunctionType(self._wrapper.__code__, noting)(None, list(inputs))
-        return passed[0]
+        return passed[0] if len(passed) == 1 else None
 
 
 def _as_they_are(*arguments: Any) -> tuple[Any, ...]:

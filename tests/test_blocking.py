@@ -72,3 +72,9 @@ def test_blocks_are_neither_long_nor_short_nor_alone(shape: tuple[int, ...]) -> 
 )
 def test_blocks_of_common_matrices(shape: tuple[int, ...], block: int) -> None:
     assert blocking_of(shape).block == block
+
+
+@pytest.mark.parametrize("shape", [(2048, 3072), (8192, 768), (50257, 768)])
+def test_chunks_of_one_matrix_are_no_slices(shape: tuple[int, ...]) -> None:
+    """With a dimension of one slice, their rows and columns would not be summed in one loop."""
+    assert all(len(part.blocks) == 2 for part in blocking_of(shape).chunks())
