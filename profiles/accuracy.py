@@ -3,7 +3,7 @@
 Each path, and transformers' Adafactor, takes two steps beside the reference path in float64, from the same parameters and with
 the same gradients, whose rows differ in size; the parameters are put side by side again before the second step, whose update is
 compared. With a learning rate of 1 the update is as large as the parameters, so that float32 keeps its digits when the two
-are subtracted. The largest error of few elements is as good as its luck: up to a million of them it is the median of nine draws.
+are subtracted. The largest error of few elements is a matter of luck: up to a million of them it is the median of nine draws.
 """
 
 from __future__ import annotations

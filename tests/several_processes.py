@@ -1,7 +1,7 @@
 """Runs all tests in several processes where there are two cores: half of a run with an empty cache is compiling, on one core.
 
-All go through the same files, and each takes those that no other has taken. The others leave their reports in files, and the first
-counts them with its own.
+All go through the same files, and each takes those that no other has taken. The others leave their reports in files, and the
+first counts them with its own.
 """
 
 from __future__ import annotations
