@@ -178,7 +178,7 @@ def _kernel_calls(shape_class: ShapeClass, members: Members, i: int, table: Tens
     n, size = math.prod(lead), rows * columns
 
     def parts(x: Tensor, size: int) -> tuple[Tensor, ...]:
-        return torch.split(x.view(n, size), SLICES)
+        return (x.view(n, size),) if n <= SLICES else torch.split(x.view(n, size), SLICES)
 
     params, grads = parts(members.params[i], size), parts(members.grads[i], size)
     factors = list(zip(parts(members.rows[i], rows), parts(members.cols[i], columns), strict=True))

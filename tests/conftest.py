@@ -5,11 +5,11 @@ from __future__ import annotations
 import gc
 import os
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads of several processes share the cores
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads of two processes share the cores
 
 import pytest
-import several_processes
 import tolerances
+import two_processes
 from hypothesis import HealthCheck, settings
 
 # A step of a drawn problem may compile, and a shared machine may be slow: no deadline anywhere.
@@ -20,7 +20,7 @@ settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest file first: processes then end together."""
+    """The longest file first: two processes then end together."""
     items.sort(key=lambda item: item.path.name != "test_train_loop.py")
 
 
@@ -32,12 +32,12 @@ def pytest_collection_finish() -> None:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_runtestloop(session: pytest.Session) -> bool | None:
-    return several_processes.run(session)
+    return two_processes.run(session)
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if several_processes.is_another():
-        config.pluginmanager.register(several_processes.Reports(config))
+    if two_processes.is_second():
+        config.pluginmanager.register(two_processes.Reports(config))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
