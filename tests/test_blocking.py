@@ -68,7 +68,15 @@ def test_blocks_are_neither_long_nor_short_nor_alone(shape: tuple[int, ...]) -> 
 
 @pytest.mark.parametrize(
     ("shape", "block"),
-    [((512, 512), 128), ((16, 4096), 16), ((16, 14336), 8), ((4096, 16), 1024), ((1021, 1021), 1021), ((3072, 768), 64)],
+    [
+        ((512, 512), 128),
+        ((16, 4096), 16),
+        ((16, 14336), 8),
+        ((4096, 16), 512),
+        ((1024, 16), 512),
+        ((1021, 1021), 1021),
+        ((3072, 768), 64),
+    ],
 )
 def test_blocks_of_common_matrices(shape: tuple[int, ...], block: int) -> None:
     assert blocking_of(shape).block == block

@@ -142,7 +142,7 @@ def test_noise_is_exact_and_never_half_way(dtype):
     assert bool(((exact * 2.0 ** (16 if dtype is torch.bfloat16 else 13)) % 2 == 1).all())
 
 
-SHAPES = [(6, 8), (6, 8), (5,), (5,), (), (2, 3, 4), (8, 4, 3, 3), (1, 7), (40, 30)]
+SHAPES = [(6, 8), (6, 8), (5,), (5,), (), (2, 3, 4), (8, 4, 3, 4), (1, 7), (40, 30)]
 
 
 def parameters(dtype=torch.bfloat16, shapes=SHAPES):
