@@ -6,6 +6,7 @@ import os
 import runpy
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -141,9 +142,10 @@ def test_every_profile_has_help(shared, name, monkeypatch, capsys):
 
 
 def test_main_job_is_deterministic(tmp_path):
-    results = []
-    for directory in (tmp_path / "first", tmp_path / "second"):
-        printed = run(PROFILES / "train.py", "--quick", "--results", directory)
+    results, directories = [], [tmp_path / "first", tmp_path / "second"]
+    with ThreadPoolExecutor() as pool:
+        runs = list(pool.map(lambda directory: run(PROFILES / "train.py", "--quick", "--results", directory), directories))
+    for directory, printed in zip(directories, runs, strict=True):
         assert printed.stderr.count("[") == 0  # no progress bar where there is no terminal
         assert "| Adafactor, compiled" in printed.stdout
         assert (directory / "train.png").stat().st_size > 10_000

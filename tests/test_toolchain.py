@@ -9,6 +9,8 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -85,21 +87,40 @@ def compiler(kind: str, directory: Path) -> tuple[Path, str]:
     return path, {"broken": "the C++ compiler failed: ", "useless": "no C++ compiler was found"}.get(kind, "C++ compiler")
 
 
-@pytest.mark.parametrize("kind", ["absent", "useless", "broken", "not executable"])
-def test_without_a_working_compiler(kind: str, tmp_path: Path) -> None:
-    cxx, said = compiler(kind, tmp_path)
-    cache = tmp_path / "cache"
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    environment = {
-        **os.environ,
-        "CXX": str(cxx),
-        "TORCHINDUCTOR_CACHE_DIR": str(cache),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr[-2000:]
-    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+KINDS = ["absent", "useless", "broken", "not executable"]
+
+
+@pytest.fixture(scope="module")
+def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path, str]]]:
+    """For each kind a process that runs the script, which all begin at once; the script; and what should be said."""
+    with ExitStack() as running:
+        started = {}
+        for kind in KINDS:
+            directory = tmp_path_factory.mktemp("compiler")
+            cxx, said = compiler(kind, directory)
+            script = directory / "script.py"
+            script.write_text(SCRIPT)
+            environment = {
+                **os.environ,
+                "CXX": str(cxx),
+                "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache"),
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            }
+            process = subprocess.Popen(
+                [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            )
+            running.enter_context(process)
+            running.callback(process.kill)
+            started[kind] = process, script, said
+        yield started
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_without_a_working_compiler(kind: str, processes: dict[str, tuple[subprocess.Popen[str], Path, str]]) -> None:
+    process, script, said = processes[kind]
+    printed, complaints = process.communicate(timeout=300)
+    assert process.returncode == 0, complaints[-2000:]
+    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
 
     assert [name for name, _ in report["errors"]] == ["RuntimeError"] * 3
     for _, message in report["errors"]:
