@@ -19,9 +19,7 @@ BLOCK_ROWS = 16  # at least, if that leaves two blocks: each costs two more rows
 FEW_ROWS = 8  # the least, or a matrix is rather one block
 CHUNK_NUMEL = 16_777_216  # what is summed in one go: the sums of its blocks take up to 8 MB
 SMALL_NUMEL = 65_536  # up to here a matrix is one block; 512 x 512 takes a quarter less in several
-SUMMED_ROWS = (
-    512  # at most, one after the other, in a small matrix or a block: sums of 1,024 are less exact than the reference path's
-)
+SUMMED_ROWS = 512  # at most, one after the other, in a small matrix or a block: sums of 1,024 err more than the reference path
 WHOLE_NUMEL = 4_194_304  # up to here a matrix is stepped in one call
 CHUNKS_PER_APPLY = 16  # the last read and write need no cache: fewer, larger calls
 
