@@ -49,19 +49,9 @@ class Whole(NamedTuple):
     col_shape: tuple[int, ...]
     variant: tuple[int, ...]  # what its graph depends on
 
-    def laid_out(
-        self,
-        p: Tensor,
-        g: Tensor,
-        row: Tensor,
-        col: Tensor,
-        exp_avg: Tensor | None,
-        rms: Tensor,
-        update_rms: Tensor,
-        table: Tensor,
-        draws: Tensor | None,
-    ) -> tuple[Any, ...]:
-        """The arguments of its function."""
+    def laid_out(self, *arguments: Any) -> tuple[Any, ...]:
+        """The arguments of its function, of a matrix as it is."""
+        p, g, row, col, exp_avg, rms, update_rms, table, draws = arguments
         shape = self.shape
         exp_avg = exp_avg if exp_avg is None else exp_avg.view(shape)
         row, col = row.view(shape[:-1]), col.view(self.col_shape)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_map_only
 from adafactor_compiled import _kept
 from adafactor_compiled._kept import Code, Made
 from adafactor_compiled._ranges import profiled, range_of_pass
-from adafactor_compiled._recorded import names_of, recorded
+from adafactor_compiled._recorded import as_a_whole, names_of, recorded
 
 Graph = Callable[..., Any]
 
@@ -61,19 +61,18 @@ class Direct:
         self._function, self._options, self._in_blocks = function, options, in_blocks
         self._name = f"{function.__module__}.{function.__qualname__} {variant}"
         self._graphs: dict[int, Graph] = {}  # by the number of threads, which a graph contains
-        self._recorded: dict[int, Graph] = {}
 
     def __call__(self, *arguments: Any) -> Any:
         graph = self._graphs.get(torch.get_num_threads()) or self.compile(arguments)
         assert graph is not None
         if profiled():
             with range_of_pass(self._function.__name__):
-                return graph(*arguments)
+                return as_a_whole(graph)(*arguments)
         return graph(*arguments)
 
     def for_now(self) -> Graph:
         """What to call instead in the same number of threads, and while no profiler starts or stops."""
-        graph = self._recorded.get(torch.get_num_threads())
+        graph = self._graphs.get(torch.get_num_threads())
         return self if graph is None or profiled() else graph
 
     def is_kept(self) -> bool:
@@ -92,18 +91,17 @@ class Direct:
             if not ours:
                 return None
             made = _kept.read(place)
-            graph, again = self._trace(arguments, place) if made is None else self._load(made)
-        threads = torch.get_num_threads()
-        self._graphs[threads], self._recorded[threads] = graph, again
+            graph = self._trace(arguments, place) if made is None else self._load(made)
+        self._graphs[torch.get_num_threads()] = graph
         return graph
 
-    def _load(self, made: Made) -> tuple[Graph, Graph]:
+    def _load(self, made: Made) -> Graph:
         from torch._dynamo.utils import counters
 
         counters["adafactor_compiled"]["passes_found"] += 1
         return _direct(_kept.code_of(made, self._options), made, self._function)
 
-    def _trace(self, arguments: tuple[Any, ...], place: Path | None) -> tuple[Graph, Graph]:
+    def _trace(self, arguments: tuple[Any, ...], place: Path | None) -> Graph:
         from torch._dynamo import config
         from torch._dynamo.utils import counters
         from torch._inductor.cpp_builder import get_cpp_compiler
@@ -111,7 +109,7 @@ class Direct:
         from adafactor_compiled._inductor import compile_pass
 
         if config.disable:  # nothing is to be compiled
-            return self._function, self._function
+            return self._function
         get_cpp_compiler()  # where there is none, the error comes now
         examples = tree_map_only(Tensor, strided_example_of if self._in_blocks else example_of, arguments)
         compiled, made = compile_pass(self._function, examples, self._options, self._in_blocks)
@@ -121,8 +119,8 @@ class Direct:
         return _direct(cast(Code, compiled.current_callable), made, self._function)
 
 
-def _direct(code: Code, made: Made, function: Callable[..., Any]) -> tuple[Graph, Graph]:
-    """The call of Inductor's code, and the same by its kernel alone where that can be (`_recorded.py`).
+def _direct(code: Code, made: Made, function: Callable[..., Any]) -> Graph:
+    """The call of Inductor's code, or of its kernel alone where that can be (`_recorded.py`).
 
     One function from the arguments of the pass to the code: each call of another function in between would take 0.5 us, and
     Inductor's own call of it 6 us. All that it does here is to count the versions of what is written.
@@ -131,10 +129,6 @@ def _direct(code: Code, made: Made, function: Callable[..., Any]) -> tuple[Graph
     lines = f"_count([{', '.join(made.inputs[i] for i in made.written)}]), _code([{', '.join(made.inputs)}])"
     call: Graph = eval(f"lambda {names_of(signature)}: ({lines})[1]", {"_count": increment_version, "_code": code})
     if signature.return_annotation is None:
-        return call, recorded(call, code, made, signature)
+        return recorded(call, code, made, signature)
     make = signature.return_annotation._make
-
-    def call_and_make(*arguments: Any) -> Any:
-        return make(call(*arguments))
-
-    return call_and_make, call_and_make
+    return lambda *arguments: make(call(*arguments))

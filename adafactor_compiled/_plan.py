@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
@@ -17,7 +16,7 @@ from adafactor_compiled._passes import Members
 from adafactor_compiled._placements import Origin, check_gradient_placements
 from adafactor_compiled._rounding import draws_of, wants_rounding
 from adafactor_compiled._routes import any_shape
-from adafactor_compiled._shape_class import ShapeClass, compute_dtype, group_by_class, joined, shape_class_of
+from adafactor_compiled._shape_class import ShapeClass, check_of, compute_dtype, group_by_class, joined, shape_class_of
 from adafactor_compiled._state import State, complete
 
 
@@ -50,7 +49,7 @@ class Seen:
 
     def __init__(self, entries: list[Entry]) -> None:
         self._rest: Any = None  # of what cannot be asked again
-        self._guards: Any = None
+        self._check: Any = None
         self.remember(entries)
 
     def remember(self, entries: list[Entry]) -> None:
@@ -58,15 +57,11 @@ class Seen:
         plain = not torch.compiler.is_compiling() and all(type(x) in (Tensor, Parameter) for x in tensors)
         self._rest = _rest_of(entries) if plain else None
         if plain:
-            fixed: dict[str, Any] = {  # its stub has the type of one of these lists
-                "dynamic_dims_sizes": [list(x.shape) for x in tensors],
-                "dynamic_dims_strides": [list(x.stride()) for x in tensors],
-            }
-            self._guards = TensorGuards(*tensors, **fixed)
+            self._check = check_of(tensors)
 
     def again(self, entries: list[Entry]) -> bool:
         """Whether tensors have the same dtypes, devices, shapes and strides, states are as full and options the same."""
-        return self._rest is not None and self._rest == _rest_of(entries) and bool(self._guards.check(*_tensors_of(entries)))
+        return self._rest is not None and self._rest == _rest_of(entries) and self._check(*_tensors_of(entries))
 
 
 def _tensors_of(entries: list[Entry]) -> list[Tensor]:

@@ -17,11 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._dynamo.guards import TensorGuards
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import _disable_current_modes
 
 from adafactor_compiled._kept import Code, Made
+from adafactor_compiled._shape_class import check_of
 
 SCRATCH_BYTES = 4 << 20  # what the kernels of a process share, one after the other
 LINE = 64  # bytes of a line of cache
@@ -93,12 +93,8 @@ class Recorded:
         scratch = _in_scratch(own, list(views.values()))
         if scratch is None or any(x.data_ptr() != views[name].data_ptr() for name, x in tensors.items()):
             return None
-        fixed: dict[str, Any] = {  # as in `_plan.Seen`
-            "dynamic_dims_sizes": [list(x.shape) for x in tensors.values()],
-            "dynamic_dims_strides": [list(x.stride()) for x in tensors.values()],
-        }
         known = {
-            "_like": TensorGuards(*tensors.values(), **fixed).check,
+            "_like": check_of(list(tensors.values())),
             "_count": increment_version,
             "_kernel": self._wrapper.__globals__[KERNEL],
             **scratch,
@@ -115,6 +111,11 @@ class Recorded:
         noting = {**self._wrapper.__globals__, KERNEL: lambda *arguments: passed.append(arguments)}
         FunctionType(self._wrapper.__code__, noting)(None, list(inputs))
         return passed[0] if len(passed) == 1 else None
+
+
+def as_a_whole(call: Callable[..., Any]) -> Callable[..., Any]:
+    """A pass with its wrapper, which allocates what a profiler is to see."""
+    return call._call if isinstance(call, Recorded) else call
 
 
 def _as_they_are(*arguments: Any) -> tuple[Any, ...]:

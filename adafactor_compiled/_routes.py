@@ -209,8 +209,8 @@ def _step_elementwise(
     """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
     shape, none = _rows_of(numel), [None] * len(tables)
 
-    def lay_out(p: Tensor, g: Tensor, second_moment: Tensor, *rest: Any) -> tuple[Any, ...]:
-        twin, exp_avg, rms, update_rms, table, draws = rest
+    def lay_out(*arguments: Any) -> tuple[Any, ...]:
+        p, g, second_moment, twin, exp_avg, rms, update_rms, table, draws = arguments
         twin, exp_avg = (x if x is None else x.view(shape) for x in (twin, exp_avg))
         large = p.view(shape), g.view(shape), second_moment.view(shape), twin, exp_avg
         return *large, writable(rms), writable(update_rms), table, draws

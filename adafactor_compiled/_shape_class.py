@@ -7,11 +7,12 @@ belong to different groups and have seen different numbers of steps.
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Iterable
-from typing import NamedTuple, TypeVar
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.guards import TensorGuards
 
 ANY_LENGTH = (-1,)  # the shape of short vectors that are stepped together
 ANY_SHAPE = (-1, -1)  # the shape of matrices that are stepped one after the other
@@ -68,6 +69,16 @@ def same_layout(shape: tuple[int, ...], stride: tuple[int, ...], other: tuple[in
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the state and of all arithmetic for a parameter of `dtype`."""
     return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def check_of(tensors: Sequence[Tensor]) -> Callable[..., bool]:
+    """Whether other tensors, one for each, have the same types, dtypes, devices, shapes and strides."""
+    fixed: dict[str, Any] = {  # its stub has the type of one of these lists
+        "dynamic_dims_sizes": [list(x.shape) for x in tensors],
+        "dynamic_dims_strides": [list(x.stride()) for x in tensors],
+    }
+    check: Callable[..., bool] = TensorGuards(*tensors, **fixed).check
+    return check
 
 
 def group_by_class(keys: Iterable[Key]) -> dict[Key, list[int]]:

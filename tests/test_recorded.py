@@ -116,33 +116,38 @@ def test_too_much_scratch_always_needs_the_whole_pass(
     assert len(whole_calls) == 3
 
 
+def cpp_fused_0(*arguments: Any) -> None:
+    """Stands for a kernel."""
+
+
+cpp_fused_1 = cpp_fused_0
+MADE, SIGNATURE = Made("", ["x", "out", "count"], [1]), inspect.signature(center, eval_str=True)
+
+
 class Wrapper:
     """As Inductor writes it."""
 
     def harmless(self, args: list[Any]) -> Any:
-        return cpp_fused_0(*args)  # type: ignore[name-defined] # noqa: F821
+        return cpp_fused_0(*args)
 
     def another_kernel(self, args: list[Any]) -> Any:
-        cpp_fused_1(*args)  # type: ignore[name-defined] # noqa: F821
-        return cpp_fused_0(*args)  # type: ignore[name-defined] # noqa: F821
+        cpp_fused_1(*args)
+        return cpp_fused_0(*args)
 
     def an_operation(self, args: list[Any]) -> Any:
         torch.ops.aten.zero_(args[0])
-        return cpp_fused_0(*args)  # type: ignore[name-defined] # noqa: F821
+        return cpp_fused_0(*args)
 
 
 @pytest.mark.parametrize(("name", "expected"), [("harmless", True), ("another_kernel", False), ("an_operation", False)])
 def test_a_wrapper_that_does_more_is_kept(name: str, expected: bool) -> None:
-    made, signature = Made("", ["x", "out", "count"], [1]), inspect.signature(center, eval_str=True)
     code: MethodType = getattr(Wrapper(), name)
-    assert isinstance(recorded(center, code, made, signature), Recorded) == expected
+    assert isinstance(recorded(center, code, MADE, SIGNATURE), Recorded) == expected
 
 
 def test_a_kernel_that_is_called_twice_needs_its_wrapper() -> None:
-    function = Recorded(
-        center, Wrapper().harmless, Made("", ["x", "out", "count"], [1]), inspect.signature(center, eval_str=True)
-    )
-    once, twice = lambda self, args: cpp_fused_0(args), lambda self, args: (cpp_fused_0(args), cpp_fused_0(args))  # type: ignore[name-defined] # noqa: F821
+    function = Recorded(center, Wrapper().harmless, MADE, SIGNATURE)
+    once, twice = lambda self, args: cpp_fused_0(args), lambda self, args: (cpp_fused_0(args), cpp_fused_0(args))
     for wrapper, expected in ((once, True), (twice, False)):
         function._wrapper = wrapper
         assert (function._passed_to_kernel([]) is not None) == expected
