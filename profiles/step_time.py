@@ -84,6 +84,7 @@ def measure_row(row: Row, keys: list[str], rounds: int) -> dict[str, Any]:
         "parameters": sum(map(math.prod, shapes)),
         "dtype": row.dtype,
         "beta1": row.beta1,
+        "rounds_among_all": {key: -(-rounds // CONTENDERS[key].every) for key in measurements[0].all},
         "not_measured": measurements[0].missing,
         "target": {"over_fused_adamw_at_most": row.most_of_adamw, "faster_than_transformers_at_least": row.least_speedup},
         "ms_of_few": [measurement.few for measurement in measurements],
