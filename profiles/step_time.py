@@ -13,7 +13,7 @@ import argparse
 import math
 import multiprocessing
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from multiprocessing.connection import Connection
 from typing import Any, NamedTuple
 
 import torch
@@ -57,8 +57,7 @@ class Measurement(NamedTuple):
     missing: dict[str, str]  # those that cannot step the row's parameters, and why
 
 
-def measure_once(row: Row, keys: list[str], rounds: int, threads: int) -> Measurement:
-    torch.set_num_threads(threads)
+def measure_once(row: Row, keys: list[str], rounds: int) -> Measurement:
     params = make_params(NETWORKS[row.network](), row.dtype)
     few, _ = make_optimizers([key for key in keys if key in OF_GOALS], params, row.beta1)
     timings = compare({key: optimizer.step for key, optimizer in few.items()}, rounds)
@@ -69,11 +68,30 @@ def measure_once(row: Row, keys: list[str], rounds: int, threads: int) -> Measur
     return Measurement(timings, compare(steps, rounds, every=every) if others else timings, missing)
 
 
+def measure_and_send(row: Row, keys: list[str], rounds: int, threads: int, to: Connection) -> None:
+    torch.set_num_threads(threads)
+    to.send(measure_once(row, keys, rounds))
+
+
+def measure_in_fresh_process(row: Row, keys: list[str], rounds: int) -> Measurement:
+    spawn = multiprocessing.get_context("spawn")
+    connection, to = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=measure_and_send, args=(row, keys, rounds, torch.get_num_threads(), to))
+    process.start()
+    to.close()
+    try:
+        measurement: Measurement = connection.recv()
+    except EOFError:
+        raise SystemExit(f"the measurement of {row.title} failed, see above") from None
+    finally:
+        process.join()
+    return measurement
+
+
 def measure_row(row: Row, keys: list[str], rounds: int) -> dict[str, Any]:
     measurements = []
     for _ in range(MEASUREMENTS):
-        with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-            measurements.append(process.submit(measure_once, row, keys, rounds, torch.get_num_threads()).result())
+        measurements.append(measure_in_fresh_process(row, keys, rounds))
         for timings in measurements[-1][:2]:
             print(f"{row.title}: " + ", ".join(f"{key} {timing.median:.2f} ms" for key, timing in timings.items()), flush=True)
     shapes = NETWORKS[row.network]()
