@@ -38,7 +38,8 @@ if _blocked.AVX2:
 # Loads with a stride, which Inductor would rather not vectorize at all: the sums of 3 x 3 kernels take half the time with it. A
 # load of less than a vector takes as much code as eight others: they compile in half the time without.
 STRIDED = {"cpp.enable_tiling_heuristics": False, "cpp.enable_loop_tail_vec": False}
-OPTIONS_OF = {kernel_statistics: STRIDED}
+ON_ONE_THREAD = {"cpp.threads": 1}  # a short vector is stepped before a second one has begun
+OPTIONS_OF: dict[Any, dict[str, Any]] = {kernel_statistics: STRIDED, _blocked.step_short_vector: ON_ONE_THREAD}
 IN_BLOCKS = {_blocked.statistics, _blocked.step_matrix}
 SUMS_ALONE = {_blocked.statistics, kernel_statistics}  # momentum and stochastic rounding are nothing to them
 

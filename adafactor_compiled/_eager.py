@@ -35,7 +35,7 @@ def step_members(
     """Step a class, large contiguous matrices perhaps in parts; see `_routes.step_eager`."""
     numel = shape_class.numel
     if shape_class.joined and len(tables) >= JOINED_LEAST:
-        _joined.step_members(members, tables, lambda function, _, *arguments: function(*arguments), kept)
+        _joined.step_members(members, tables, kept)
         return
     step = _step_in_parts if in_parts and numel > WHOLE_NUMEL else _step_whole
     for i, of_member in enumerate(numbers):

@@ -1,4 +1,4 @@
-"""Short vectors of any lengths, stepped in one call: a call for each would take longer than their step.
+"""Short vectors of any lengths, stepped together by eager operations: those of each alone would take longer than their step.
 
 They are laid end to end, each padded to whole blocks of 64 elements: [n, 64]. A block belongs to one vector, so that sums of
 blocks add up to those of their vectors, and each block reads the numbers of its vector.
@@ -14,9 +14,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-from adafactor_compiled._blocked import materialize, static
 from adafactor_compiled._numbers import Numbers, root_mean, scale_and_decay
-from adafactor_compiled._passes import Members, Runner, Stacked
+from adafactor_compiled._passes import Members, Stacked
 from adafactor_compiled._rounding import DRAWS, FIRST, noise_of_vectors, write
 
 BLOCK = 64
@@ -41,10 +40,8 @@ class Room(NamedTuple):
     outputs: list[Tensor]  # of each vector: parameters, second moments, momenta, both RMS
 
 
-def step_members(members: Members, tables: Sequence[Tensor], run: Runner, kept: dict[str, Any]) -> None:
-    """Step the vectors of a class; `run` may compile, and `kept` is the same in each step of the same vectors."""
-    if len(tables) == 1:  # one would be another graph than several: step it twice, side by side
-        members, tables = Members(*(x * 2 for x in members)), [*tables, *tables]
+def step_members(members: Members, tables: Sequence[Tensor], kept: dict[str, Any]) -> None:
+    """Step the vectors of a class; `kept` is the same in each step of the same vectors."""
     kept = {} if is_in_torch_dispatch_mode() else kept  # a mode may have tensors of its own
     if "room" not in kept:
         kept["room"] = _room_of(members, tables[0])
@@ -52,7 +49,7 @@ def step_members(members: Members, tables: Sequence[Tensor], run: Runner, kept: 
     room.x.params.zero_()  # where a second moment of padding is 0 the last step has divided 0 by 0
     torch._foreach_copy_(room.inputs, [*members.params, *members.grads, *members.exp_avg_sqs, *members.exp_avgs])
     draws = torch.stack(members.draws) if members.draws else None
-    run(step_joined, (), room.x._replace(draws=draws), torch.stack(list(tables)), room.places)
+    _step_joined(room.x._replace(draws=draws), torch.stack(list(tables)), room.places)
     outputs = [*members.params, *members.exp_avg_sqs, *members.exp_avgs, *members.rms, *members.update_rms]
     torch._foreach_copy_(outputs, room.outputs)
 
@@ -77,12 +74,11 @@ def _blocks_like(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return blocks, [blocks.view(-1)[i : i + x.numel()].view(x.shape) for i, x in zip(begins, vectors, strict=True)]
 
 
-def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
+def _step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     """Step k vectors in n blocks of shape [n, 64] in place; what is one number for each has shape [k].
 
     `table` holds their `Numbers`, shape [k, len(Numbers)].
     """
-    static(x.params.shape[1])
     numbers = Numbers.of(table)
 
     def of_blocks(x: Tensor) -> Tensor:
@@ -94,17 +90,14 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
     inside = torch.arange(BLOCK, device=p.device) < places.filled.unsqueeze(1)  # padding is 0 / 0 without eps
     rms = root_mean(_sums(p * p, places), places.numel)  # 2
     update_rms = root_mean(_sums(torch.where(inside, update * update, 0.0), places), places.numel)  # 6
-    scale, decay = (materialize(x) for x in scale_and_decay(numbers, rms, update_rms))  # 3, 4
+    scale, decay = scale_and_decay(numbers, rms, update_rms)  # 3, 4
 
     update = update * of_blocks(scale)  # 7
     if x.exp_avgs is not None:  # 8
         update = x.exp_avgs * of_blocks(numbers.beta1) + update * of_blocks(numbers.one_minus_beta1)
         x.exp_avgs.copy_(update)
-    noise = None
-    if x.draws is not None:
-        # Written out, draws and noise make a third of the code, and compile in a third of the time.
-        draws = materialize(x.draws[places.owner] + places.begins)
-        noise = materialize(noise_of_vectors(draws, BLOCK, x.params.dtype))
+    draws = None if x.draws is None else x.draws[places.owner] + places.begins
+    noise = None if draws is None else noise_of_vectors(draws, BLOCK, x.params.dtype)
     write(x.params, (p - (p * of_blocks(decay) + update)).to(table.dtype), noise)  # 9, 10
     x.exp_avg_sqs.copy_(v)
     x.rms.copy_(rms)
@@ -114,7 +107,7 @@ def step_joined(x: Stacked, table: Tensor, places: Places) -> None:
 def _sums(x: Tensor, places: Places) -> Tensor:
     """The sum of each vector, shape [k]."""
     of_blocks = x.sum(-1)
-    return materialize(torch.cat([of_blocks, of_blocks.new_zeros(1)]))[places.blocks].sum(-1)
+    return torch.cat([of_blocks, of_blocks.new_zeros(1)])[places.blocks].sum(-1)
 
 
 def _places_of(sizes: Sequence[int], device: torch.device) -> Places:

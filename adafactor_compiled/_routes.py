@@ -1,8 +1,8 @@
 """Which calls step a shape class. The order in which they go through it is the one choice that depends on the device.
 
 - On a CPU: depth-first, one matrix after the other. A matrix that fits in cache is then read from memory once, although a
-  step reads it twice. Short vectors, of whatever lengths, go into one call, since a call costs more than they do; contiguous
-  matrices, of whatever shapes, are gone through as one class, since a class costs as much as a small one of them.
+  step reads it twice. Contiguous matrices, of whatever shapes, are gone through as one class, and so are short vectors, since
+  a class costs as much as a small one of them.
 - Elsewhere (CUDA): breadth-first, k members in each operation. Launches are dear there and caches small.
 """
 
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _blocked, _depth_first, _eager, _joined, _unrolled
+from adafactor_compiled import _blocked, _depth_first, _eager, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, pass_of, size_variant
 from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._direct import Direct
@@ -50,7 +50,7 @@ def step_eager(
         _eager.step_members(shape_class, members, tables, numbers, in_parts, kept)
 
 
-def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor], kept: dict[str, Any]) -> None:
+def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor]) -> None:
     """Step a class with compiled calls."""
 
     known: dict[Any, Callable[..., Any]] = {}  # a class has few passes and many members
@@ -64,7 +64,7 @@ def step_compiled(shape_class: ShapeClass, members: Members, tables: list[Tensor
             return call(*arguments)
         return call.laid_out(lay_out, *arguments) if isinstance(call, Recorded) else call(*lay_out(*arguments))
 
-    _step(shape_class, members, tables, run, kept)
+    _step(shape_class, members, tables, run)
 
 
 def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
@@ -80,7 +80,7 @@ def calls_of(shape_class: ShapeClass, k: int) -> list[Call]:
     for size in _member_counts(shape_class, k):
         members = _on_meta(shape_class, size)
         table = torch.empty(len(Numbers._fields), dtype=members.rms[0].dtype, device="meta")
-        _step(shape_class, members, [table] * size, run, {})
+        _step(shape_class, members, [table] * size, run)
     return calls
 
 
@@ -101,18 +101,18 @@ def any_shape(shape_class: ShapeClass) -> ShapeClass:
     return shape_class._replace(shape=ANY_SHAPE, stride=(), grad_stride=())
 
 
-def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner, kept: dict[str, Any]) -> None:
+def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: Runner) -> None:
     layout = _layout_of(shape_class)
     if layout is None:
         step_class(members, torch.stack(tables))
     elif shape_class.device.type != "cpu":
         step_breadth_first(members, tables, run)
     elif layout == "joined":
-        _joined.step_members(members, tables, run, kept)
+        _step_elementwise(_blocked.step_short_vector, (-1,), (), members, members.exp_avg_sqs, [], tables, run)
     elif layout == "vector":
-        _step_elementwise(shape_class.numel, members, members.exp_avg_sqs, [], tables, run)
+        _step_long(shape_class.numel, members, members.exp_avg_sqs, [], tables, run)
     elif layout == "pointwise":  # 1 x 1 kernels: row and column are the same whole second moment
-        _step_elementwise(shape_class.numel, members, members.cols, members.rows, tables, run)
+        _step_long(shape_class.numel, members, members.cols, members.rows, tables, run)
     elif layout == "kernels":
         _step_kernels(shape_class, members, tables, run)
     elif layout == "contiguous":
@@ -203,11 +203,26 @@ def _rows_of(numel: int) -> tuple[int, int]:
     return (numel // columns, columns) if columns > 1 else (1, numel)
 
 
-def _step_elementwise(
+def _step_long(
     numel: int, members: Members, second_moments: list[Tensor], twins: list[Tensor], tables: list[Tensor], run: Runner
 ) -> None:
+    shape = _rows_of(numel)
+    variant = (bool(twins), *size_variant(*shape))
+    _step_elementwise(_blocked.step_elementwise, shape, variant, members, second_moments, twins, tables, run)
+
+
+def _step_elementwise(
+    function: Callable[..., None],
+    shape: tuple[int, ...],
+    variant: tuple[int, ...],
+    members: Members,
+    second_moments: list[Tensor],
+    twins: list[Tensor],
+    tables: list[Tensor],
+    run: Runner,
+) -> None:
     """Members whose second moment is as large as they are, one by one; `twins` are written as `second_moments` are."""
-    shape, none = _rows_of(numel), [None] * len(tables)
+    none = [None] * len(tables)
 
     def lay_out(*arguments: Any) -> tuple[Any, ...]:
         p, g, second_moment, twin, exp_avg, rms, update_rms, table, draws = arguments
@@ -217,7 +232,7 @@ def _step_elementwise(
 
     large = (members.params, members.grads, second_moments, twins or none, members.exp_avgs or none)
     for arguments in zip(*large, members.rms, members.update_rms, tables, members.draws or none, strict=True):
-        run(_blocked.step_elementwise, (bool(twins), *size_variant(*shape)), *arguments, lay_out=lay_out)
+        run(function, variant, *arguments, lay_out=lay_out)
 
 
 def step_breadth_first(members: Members, tables: list[Tensor], run: Runner) -> None:

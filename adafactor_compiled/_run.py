@@ -38,7 +38,7 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: list[Tensor]
         for number, i in enumerate(part.positions):
             step_parameter(*entries[i][1:], plan.update_rms[i], members.draws[number] if members.draws else None)
     elif part.path == "compiled" and compiles:
-        _routes.step_compiled(part.shape_class, members, numbers, part.kept)
+        _routes.step_compiled(part.shape_class, members, numbers)
     else:
         plain = [_plain_numbers(entries[i]) for i in part.positions]
         _routes.step_eager(part.shape_class, members, numbers, plain, part.kept)

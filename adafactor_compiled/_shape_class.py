@@ -16,7 +16,7 @@ from torch._C._dynamo.guards import TensorGuards
 
 ANY_LENGTH = (-1,)  # the shape of short vectors that are stepped together
 ANY_SHAPE = (-1, -1)  # the shape of matrices that are stepped one after the other
-JOINED_NUMEL = 8_192  # up to here copying a vector twice costs less than a call of its own
+JOINED_NUMEL = 8_192  # up to here one thread is as quick as several, and copying a vector twice costs less than its operations
 
 Key = TypeVar("Key", bound=Hashable)
 
@@ -53,6 +53,9 @@ def shape_class_of(param: Tensor, grad: Tensor, momentum: bool, rounding: bool =
 def joined(shape_class: ShapeClass) -> ShapeClass:
     """What short vectors on a CPU have in common with those of other lengths; any other class as it is."""
     if shape_class.factored or not 0 < shape_class.numel <= JOINED_NUMEL or shape_class.device.type != "cpu":
+        return shape_class
+    contiguous = contiguous_stride(shape_class.shape)
+    if not all(same_layout(shape_class.shape, x, contiguous) for x in (shape_class.stride, shape_class.grad_stride)):
         return shape_class
     return shape_class._replace(shape=ANY_LENGTH, stride=(1,), grad_stride=(1,))
 

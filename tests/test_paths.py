@@ -88,7 +88,7 @@ def test_order_of_the_compiled_path_on_a_cpu(small: int, problem: Problem) -> No
 def test_order_of_the_compiled_path_on_cuda(problem: Problem) -> None:
     """The order is a choice of the device alone, and what it computes is not."""
 
-    def breadth_first(shape_class: Any, members: Any, tables: Any, kept: Any) -> None:
+    def breadth_first(shape_class: Any, members: Any, tables: Any) -> None:
         _routes.step_breadth_first(members, tables, lambda function, variant, *arguments: function(*arguments))
 
     with pytest.MonkeyPatch.context() as patch, compiled_by(uncompiled):
