@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_map_only
 
 from adafactor_compiled import _blocked
 from adafactor_compiled._direct import Direct
+from adafactor_compiled._elementwise import step_short_vector
 from adafactor_compiled._helper import helped
 from adafactor_compiled._progress import progress
 from adafactor_compiled._unrolled import kernel_statistics
@@ -39,7 +40,7 @@ if _blocked.AVX2:
 # load of less than a vector takes as much code as eight others: they compile in half the time without.
 STRIDED = {"cpp.enable_tiling_heuristics": False, "cpp.enable_loop_tail_vec": False}
 ON_ONE_THREAD = {"cpp.threads": 1}  # a short vector is stepped before a second one has begun
-OPTIONS_OF: dict[Any, dict[str, Any]] = {kernel_statistics: STRIDED, _blocked.step_short_vector: ON_ONE_THREAD}
+OPTIONS_OF: dict[Any, dict[str, Any]] = {kernel_statistics: STRIDED, step_short_vector: ON_ONE_THREAD}
 IN_BLOCKS = {_blocked.statistics, _blocked.step_matrix}
 SUMS_ALONE = {_blocked.statistics, kernel_statistics}  # momentum and stochastic rounding are nothing to them
 

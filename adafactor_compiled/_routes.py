@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled import _blocked, _depth_first, _eager, _unrolled
+from adafactor_compiled import _depth_first, _eager, _elementwise, _unrolled
 from adafactor_compiled._compile import Call, Pass, compiled, pass_of, size_variant
 from adafactor_compiled._depth_first import draws_from, writable
 from adafactor_compiled._direct import Direct
@@ -108,7 +108,7 @@ def _step(shape_class: ShapeClass, members: Members, tables: list[Tensor], run: 
     elif shape_class.device.type != "cpu":
         step_breadth_first(members, tables, run)
     elif layout == "joined":
-        _step_elementwise(_blocked.step_short_vector, (-1,), (), members, members.exp_avg_sqs, [], tables, run)
+        _step_elementwise(_elementwise.step_short_vector, (-1,), (), members, members.exp_avg_sqs, [], tables, run)
     elif layout == "vector":
         _step_long(shape_class.numel, members, members.exp_avg_sqs, [], tables, run)
     elif layout == "pointwise":  # 1 x 1 kernels: row and column are the same whole second moment
@@ -208,7 +208,7 @@ def _step_long(
 ) -> None:
     shape = _rows_of(numel)
     variant = (bool(twins), *size_variant(*shape))
-    _step_elementwise(_blocked.step_elementwise, shape, variant, members, second_moments, twins, tables, run)
+    _step_elementwise(_elementwise.step_elementwise, shape, variant, members, second_moments, twins, tables, run)
 
 
 def _step_elementwise(
