@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from functools import partial
-from itertools import chain
 from typing import Any
 
 import torch
@@ -14,30 +11,21 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled import (
-    _amp,
-    _capturable,
-    _kinds,
-    _options,
-    _placements,
-    _routes,
-    _scheduled,
-    _sharded,
-    _sharded_calls,
-    _state,
-)
-from adafactor_compiled._compile import REMEDY, make_ready, toolchain_failure
-from adafactor_compiled._exchange import Exchange
-from adafactor_compiled._faults import counts_kept_true
-from adafactor_compiled._numbers import unscaled_lr
-from adafactor_compiled._options import Group, check_gradient
-from adafactor_compiled._plan import Entry, Plan, entries_of, path_of, plan_of
-from adafactor_compiled._rounding import wants_rounding
-from adafactor_compiled._run import run
-from adafactor_compiled._shape_class import group_by_class
+from adafactor_compiled._sharded.exchange import Exchange
+from adafactor_compiled._sharded.step import exchanges_of
+from adafactor_compiled._state import checkpoint, moments, options
+from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all
+from adafactor_compiled._state.groups import checked_parameters
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._step import capture, scaling, scheduler
+from adafactor_compiled._step.compilation import Compilation
+from adafactor_compiled._step.faults import counts_kept_true
+from adafactor_compiled._step.plan import Plan, plan_of
+from adafactor_compiled._step.run import Record, run
+from adafactor_compiled._update.numbers import unscaled_lr
 from adafactor_compiled.step_in_backward import StepInBackward
 from adafactor_compiled.summary import Summary, summary_of
-from adafactor_compiled.telemetry import GroupTelemetry, Record, telemetry_of
+from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
 
 
 class Adafactor(Optimizer):
@@ -122,7 +110,6 @@ class Adafactor(Optimizer):
     """
 
     show_progress: bool | None = None
-    _toolchain_failed = False
     _in_backward: StepInBackward | None = None
     _exchanges: Sequence[Exchange] = ()
 
@@ -148,7 +135,7 @@ class Adafactor(Optimizer):
         nonfinite: str = "propagate",
         show_progress: bool | None = None,
     ) -> None:
-        _options.check_manual_lr(lr, relative_step)
+        options.check_manual_lr(lr, relative_step)
         defaults = {
             "lr": lr,
             "eps": eps,
@@ -167,7 +154,7 @@ class Adafactor(Optimizer):
             "rounding_seed": rounding_seed,
             "nonfinite": nonfinite,
         }
-        _options.check_options(defaults)
+        options.check_options(defaults)
         if show_progress is not None:
             self.show_progress = show_progress
         self._forget_plans()
@@ -176,20 +163,20 @@ class Adafactor(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         for group in self.param_groups:
-            _capturable.lr_to_tensor(group)
+            capture.lr_to_tensor(group)
         self._forget_plans()
 
     def _forget_plans(self) -> None:
         # Of the whole step under None, and of each parameter that is stepped alone.
         self._plans: dict[Tensor | None, Plan] = {}
-        self._ready_for: dict[Tensor | None, Plan] = {}
         self._records: dict[Tensor | None, Record] = {}
+        self._compilation = Compilation()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
-            _scheduled.check_scheduler(self.param_groups)
+            scheduler.check_scheduler(self.param_groups)
             if "step" not in self.__dict__:  # else someone has wrapped it already, who wants to be called
-                value = _scheduled.traceable_step(self)
+                value = scheduler.traceable_step(self)
         super().__setattr__(name, value)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -198,27 +185,13 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: as at construction; the optimizer is then as it was.
         """
-        where = f" (parameter group {len(self.param_groups)})"
-        _options.check_names(param_group)
-        merged = {**self.defaults, **param_group}
-        if "lr" in param_group:
-            _options.check_manual_lr(param_group["lr"], merged["relative_step"])
-        _options.check_options(merged, where)
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else list(params)
-        first = sum(len(group["params"]) for group in self.param_groups)
-        for index, param in enumerate(params, first):
-            tensor = param[1] if isinstance(param, tuple) else param
-            _options.check_parameter(tensor, index)
-            _placements.check_placements(tensor, index)
-            if wants_rounding(tensor.dtype, merged["stochastic_rounding"]):
-                _placements.checked_origin(tensor, index)
+        params = checked_parameters(param_group, self.defaults, self.param_groups)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
-        _capturable.lr_to_tensor(group)
+        capture.lr_to_tensor(group)
         for param in group["params"]:
             if param.requires_grad:
-                _state.complete(self.state[param], param, group)
+                moments.complete(self.state[param], param, group)
         if self._in_backward is not None:
             self._in_backward.attach(len(self.param_groups) - 1)
 
@@ -275,27 +248,24 @@ class Adafactor(Optimizer):
 
     def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
         """Step all entries that have a gradient, or one of them `alone`."""
-        _capturable.check_capture(self.param_groups)
-        scaling = _amp.Scaling.of(self)
-        if scaling is not None:
-            entries = scaling.unscaled(entries)
-        if torch.compiler.is_compiling():
-            plan = plan_of(entries, None)  # part of the graph, once and for all: neither guarded nor kept
-        else:
-            plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
-        compiles = self._compiles(plan, entries, alone)
-        if torch.compiler.is_compiling():
-            run(plan, entries, _sharded.exchanges_of(self.param_groups, ()), compiles)
-        else:
-            if alone is None:
-                self._exchanges = _sharded.exchanges_of(self.param_groups, self._exchanges)
-            exchanges = self._exchanges if alone is None else ()
-            with nullcontext() if scaling is None else scaling.undone_if_overflowed(entries), counts_kept_true(entries):
-                self._records[alone] = run(plan, entries, exchanges, compiles)
+        capture.check_capture(self.param_groups)
+        of_scaler = scaling.Scaling.of(self)
+        if of_scaler is not None:
+            entries = of_scaler.unscaled(entries)
+        if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
+            run(plan_of(entries, None), entries, exchanges_of(self.param_groups, ()), True)
+            return
+        plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
+        compiles = self._compilation.compiles(plan, self.param_groups, self.show_progress)
+        if alone is None:
+            self._exchanges = exchanges_of(self.param_groups, self._exchanges)
+        exchanges = self._exchanges if alone is None else ()
+        with nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries), counts_kept_true(entries):
+            self._records[alone] = run(plan, entries, exchanges, compiles)
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        return _amp.wanted(self.param_groups)
+        return scaling.wanted(self.param_groups)
 
     @torch.no_grad()  # as in a step: a graph is compiled for one grad mode
     def warm_up(self) -> None:
@@ -306,13 +276,8 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
-        entries = self._entries_of_all()
-        self._compiles(plan_of(entries, None), entries)
-
-    def _entries_of_all(self) -> list[Entry]:
-        """Entries of every parameter that may get a gradient, as if each were its own gradient."""
-        params = [(param, group) for group in self.param_groups for param in group["params"] if param.requires_grad]
-        return [Entry(-1, param, param, dict(self.state.get(param, {})), group) for param, group in params]
+        plan = plan_of(entries_of_all(self.param_groups, self.state), None)
+        self._compilation.compiles(plan, self.param_groups, self.show_progress)
 
     def telemetry(self) -> list[GroupTelemetry]:
         """What the last step did, group by group: see `GroupTelemetry`. Costs one small transfer and compiles nothing.
@@ -323,37 +288,8 @@ class Adafactor(Optimizer):
 
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
-        entries = self._entries_of_all()
-        return summary_of(plan_of(entries, None), entries, not self._toolchain_failed)
-
-    def _compiles(self, plan: Plan, entries: list[Entry], alone: Tensor | None = None) -> bool:
-        """Whether compiled parts run compiled; whatever they still lack is compiled here, before anything changes."""
-        if torch.compiler.is_compiling():
-            return False  # an outer torch.compile compiles the passes inline
-        if self._toolchain_failed or plan is self._ready_for.get(alone):
-            return not self._toolchain_failed
-        parts = [part for part in plan.batches if part.path == "compiled"]
-        try:
-            for device, of_device in group_by_class(part.shape_class.device for part in parts).items():
-                calls = [_routes.calls_of(parts[i].shape_class, len(parts[i].positions)) for i in of_device]
-                kinds = partial(_kinds.calls_like, [parts[i].shape_class for i in of_device])
-                make_ready(list(chain(*calls)), device, self.show_progress, kinds)
-            sharded = [x for x in entries if isinstance(x.param, DTensor) and path_of(x.group) == "compiled"]
-            for device, of_device in group_by_class(x.param.device for x in sharded).items():
-                make_ready(_sharded_calls.calls_of(sharded[i] for i in of_device), device, self.show_progress)
-            self._ready_for[alone] = plan
-        except (RuntimeError, OSError) as error:
-            failure = toolchain_failure(error)
-            if failure is None:
-                raise
-            if any(group["compile"] for group in self.param_groups):
-                raise RuntimeError(f"`compile=True` needs a working C++ toolchain but {failure}; {REMEDY}") from error
-            warnings.warn(
-                f"Adafactor steps without torch.compile, which needs a working C++ toolchain, but {failure}; {REMEDY}",
-                stacklevel=6,  # past torch's wrappers of `step`
-            )
-            self._toolchain_failed = True
-        return not self._toolchain_failed
+        entries = entries_of_all(self.param_groups, self.state)
+        return summary_of(plan_of(entries, None), entries, not self._compilation.failed)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, or set them to zero.
@@ -375,7 +311,7 @@ class Adafactor(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
         state_dict = super().state_dict()
-        state_dict["state"] = {key: _state.portable(state) for key, state in state_dict["state"].items()}
+        state_dict["state"] = {key: checkpoint.portable(state) for key, state in state_dict["state"].items()}
         return state_dict
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -386,32 +322,11 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: a state that does not fit, naming the parameter; the optimizer is then as it was.
         """
-        loaded: dict[str, Any] = {}
-
-        # Other hooks may replace the dict that is loaded: this one comes after theirs, and the other one before theirs.
-        def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
-            loaded.update(_state.checked(state_dict, self.param_groups))
-            return loaded
-
-        def keep_dtypes(_: Optimizer) -> None:
-            params = [param for group in self.param_groups for param in group["params"]]
-            groups = [group for group in self.param_groups for _ in group["params"]]
-            for position, state in _state.loaded_states(loaded):
-                self.state[params[position]] = _state.adopt(state, params[position])
-                _state.complete(self.state[params[position]], params[position], groups[position])
-
-        hooks = (
-            self.register_load_state_dict_pre_hook(prepare),
-            self.register_load_state_dict_post_hook(keep_dtypes, prepend=True),
-        )
-        try:
+        with checkpoint.loading(self):
             super().load_state_dict(state_dict)
-        finally:
-            for hook in hooks:
-                hook.remove()
 
     @staticmethod
-    def _get_lr(param_group: Group, param_state: _state.State) -> Any:
+    def _get_lr(param_group: Group, param_state: moments.State) -> Any:
         """The learning rate of a parameter's last step, as transformers' AdafactorSchedule asks for it."""
         step = param_state["step"]
         step = step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1)

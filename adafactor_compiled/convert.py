@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._options import Group
+from adafactor_compiled._state.options import Group
 
 State = dict[str, Any]
 RELATIVE_LR = 1e-2  # the most that `relative_step` chooses

@@ -7,9 +7,13 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adafactor_compiled import _routes, _sharded_calls
-from adafactor_compiled._compile import compile_seconds
-from adafactor_compiled._plan import Entry, Plan, path_of
+from adafactor_compiled._compile import passes
+from adafactor_compiled._compile.passes import Pass
+from adafactor_compiled._sharded.step import passes_of_shards
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._step.calls import passes_of
+from adafactor_compiled._step.plan import Part, Plan
+from adafactor_compiled._step.routes import route_of
 
 
 class ClassSummary(NamedTuple):
@@ -73,15 +77,8 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     """Summarize a plan; nothing is compiled."""
     classes, seconds = [], {}
     for part in plan.parts:
-        shape_class, of_part = part.shape_class, {}
-        if compiles and part.path in ("compiled", "sharded"):
-            if part.path == "compiled":
-                calls = _routes.calls_of(shape_class, len(part.positions))
-            else:
-                calls = _sharded_calls.calls_of(
-                    x for x in map(entries.__getitem__, part.positions) if path_of(x.group) == "compiled"
-                )
-            of_part = {call.key: compile_seconds(call.key) for call in calls}
+        shape_class, keys = part.shape_class, _passes_of(part, entries) if compiles else []
+        of_part = {key: passes.seconds_of(key) for key in keys}
         known = {key: value for key, value in of_part.items() if value is not None}
         seconds.update(known)
         classes.append(
@@ -93,12 +90,22 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
                 factored=shape_class.factored,
                 momentum=shape_class.momentum,
                 state_bytes=_bytes(value for i in part.positions for value in entries[i].state.values()),
-                path=part.path if compiles or part.path != "compiled" else "multi_tensor",
+                path=_path(part) if compiles or part.path != "compiled" else "multi_tensor",
                 compiled=bool(of_part) and len(known) == len(of_part),
                 compile_seconds=sum(known.values()),
             )
         )
     return Summary(classes, sum(seconds.values()))
+
+
+def _passes_of(part: Part, entries: list[Entry]) -> list[Pass]:
+    if part.path == "sharded":
+        return passes_of_shards(entries[i] for i in part.positions)
+    return list(passes_of(part.shape_class)) if _path(part) == "compiled" else []
+
+
+def _path(part: Part) -> str:
+    return "multi_tensor" if part.path == "compiled" and route_of(part.shape_class) is None else part.path
 
 
 def _bytes(values: Iterable[object]) -> int:

@@ -8,19 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._numbers import Numbers, step_size
-from adafactor_compiled._options import Group
-from adafactor_compiled._shape_class import group_by_class
-
-
-class Record(NamedTuple):
-    """What a step leaves for telemetry, each field a list over the parameters that took part."""
-
-    params: list[Tensor]
-    tables: list[Tensor]  # their numbers
-    rms: list[Tensor]  # of the parameter before the step
-    update_rms: list[Tensor]
-    skipped: list[Tensor | None]  # whether for a gradient that was not finite; None where it could not be
+from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._step.run import Record
+from adafactor_compiled._update.numbers import Numbers, step_size
 
 
 class GroupTelemetry(NamedTuple):
@@ -51,7 +42,7 @@ def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTe
     chosen = [[last[id(param)] for param in params] for params in stepped]
     values = [[float("nan")] * 5] * len(groups)
     occupied = [i for i, lines in enumerate(chosen) if lines]
-    devices = group_by_class(chosen[i][0][1].device for i in occupied)
+    devices = group_by_key(chosen[i][0][1].device for i in occupied)
     for of_device in devices.values():
         positions = [occupied[i] for i in of_device]
         means = torch.stack([_means(chosen[i]) for i in positions]).tolist()

@@ -1,0 +1,117 @@
+"""The compiled passes of a process: what makes them, when they are ready, and whether torch compiles at all right now."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import threading
+import time
+from collections.abc import Callable, Iterable, Sequence
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._compile.examples import LONG, MANY, ONE, Pass, example_of, magnitude
+from adafactor_compiled._compile.options import MEMBERS, OVER_ROWS, SUMS_ALONE, options_of
+from adafactor_compiled._compile.progress import progress
+from adafactor_compiled._update import kernels, matrices
+
+__all__ = ["LONG", "MANY", "ONE", "Pass", "compiled", "environment", "make_ready", "pass_of", "seconds_of"]
+
+
+def pass_of(
+    function: Callable[..., Any],
+    sizes: Sequence[int],
+    device: torch.device,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    momentum: bool,
+    rounding: bool,
+) -> Pass:
+    """The pass of a function for parameters and gradients of these dtypes and, as far as that matters, of these sizes."""
+    if function in SUMS_ALONE:
+        momentum = rounding = False
+    static = 2 if function in (kernels.kernel_statistics, kernels.apply_kernels) else 0
+    magnitudes = (*sizes[:static], *map(magnitude, sizes[static:]))
+    narrow = matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1])
+    return Pass(function, device.type, *dtypes, momentum, rounding, MEMBERS.get(function, 1), magnitudes, narrow)
+
+
+@functools.cache
+def compiled(key: Pass) -> Callable[..., Any]:
+    """The pass compiled, the same object each time it is asked for, in all optimizers of a process."""
+    function = key.function
+    short = function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
+    # Dynamo counts the graphs of a code object, at most 8: each pass gets one of its own.
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
+    call: Callable[..., Any] = torch.compile(
+        own, dynamic=True, fullgraph=True, options=options_of(function, key.device_type, short)
+    )
+    return call
+
+
+_numbers = itertools.count()
+_ready: dict[tuple[Pass, int], float] = {}  # a pass and an environment: the seconds that it took
+_making = threading.RLock()
+
+
+def seconds_of(key: Pass) -> float | None:
+    """What compiling a pass took in this process; None where it is not compiled."""
+    return next((seconds for (of, _), seconds in _ready.items() if of == key), None)
+
+
+def make_ready(keys: Iterable[Pass], where: int, show_progress: bool | None) -> None:
+    """Compile the passes that are not compiled yet in this environment, by calling each with an example.
+
+    Args:
+        keys: the passes.
+        where: the `environment`.
+        show_progress: see `Adafactor`.
+    """
+    with _making:
+        missing = [key for key in dict.fromkeys(keys) if (key, where) not in _ready]
+        for key in progress(missing, "compiling Adafactor", show_progress):
+            start = time.perf_counter()
+            compiled(key)(*example_of(key))
+            _ready[key, where] = time.perf_counter() - start
+
+
+class _Current(threading.local):
+    environment = -1
+
+
+_current = _Current()
+_environments = itertools.count()
+
+
+def environment() -> int | None:
+    """A number for all that graphs depend on beside their arguments, as Dynamo sees it now; None where it compiles nothing.
+
+    That is the number of threads, autocast, the default device and dtype and more, and whether graphs have been reset. A
+    probe, compiled like a pass and called before each step, is compiled anew for each of them, and tells which one it is for.
+    """
+    return _current.environment if _compiled_probe()(_PROBED)[1] else None
+
+
+_PROBED = torch.zeros(1, device="cpu")
+
+
+def _probe(x: Tensor) -> tuple[Tensor, bool]:
+    return x.detach(), torch.compiler.is_compiling()
+
+
+def _numbered(graph: Callable[..., Any], _: Any) -> Callable[..., Any]:
+    number = next(_environments)
+
+    def run(*arguments: Any) -> Any:
+        _current.environment = number
+        return graph(*arguments)
+
+    return run
+
+
+@functools.cache
+def _compiled_probe() -> Callable[[Tensor], tuple[Tensor, bool]]:
+    return torch.compile(_probe, backend=_numbered, dynamic=False)

@@ -1,0 +1,305 @@
+"""The step of DTensor parameters: local passes, one all_reduce a mesh, local passes.
+
+Each rank sees its own pieces. What it sums of them goes into the flat buffer of their mesh (`_exchange.py`); after the
+all_reduce every rank has what it needs of the whole parameters. Which sums these are depends on the dimensions that are split
+(`Split`). Nothing is written before the ranks have agreed on the gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from adafactor_compiled._compile import passes
+from adafactor_compiled._compile.passes import Pass, pass_of
+from adafactor_compiled._sharded.exchange import Exchange, Slot
+from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
+from adafactor_compiled._state.entries import Entry, path_of
+from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.options import Group, wants_rounding
+from adafactor_compiled._state.placements import Split, checked_origin, local, split_of
+from adafactor_compiled._update import vectors
+from adafactor_compiled._update.chunks import Run, rows_of
+from adafactor_compiled._update.matrices import Averages, Factors, Sums, averages, finish
+from adafactor_compiled._update.members import Member
+from adafactor_compiled._update.pieces import moving_average
+from adafactor_compiled._update.rounding import draws_of_entries
+
+SHORT = 8_192  # elements up to which a piece of a vector is one row
+
+
+def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exchange]:
+    """The exchanges of all DTensor parameters that may get a gradient: the last ones, where these are the same."""
+    params = [param for group in groups for param in group["params"]]
+    sharded = [
+        (i, param)
+        for i, param in enumerate(params)
+        if isinstance(param, DTensor) and (param.requires_grad or param.grad is not None)
+    ]
+    known = [x for exchange in last for x in exchange.params]
+    if len(known) == len(sharded) and {(i, id(x)) for i, x in known} == {(i, id(x)) for i, x in sharded}:
+        return last
+    by_mesh = group_by_key(param.device_mesh for _, param in sharded)
+    return [Exchange(mesh, [sharded[i] for i in chosen]) for mesh, chosen in by_mesh.items()]
+
+
+class Job(NamedTuple):
+    """A DTensor parameter that takes part in a step."""
+
+    entry: Entry
+    table: Tensor  # its numbers
+    update_rms: Tensor  # written
+    compiles: bool  # whether its passes are compiled
+    draws: Tensor | None = None  # for stochastic rounding
+
+
+def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor]:
+    """Step DTensor parameters; collective over their meshes.
+
+    Args:
+        exchanges: of all DTensor parameters, also of those without a gradient.
+        jobs: those that have one.
+
+    Returns:
+        Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group asks.
+
+    Raises:
+        RuntimeError: before anything has changed, where another rank has other gradients.
+    """
+    slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
+    for exchange in exchanges:
+        exchange.clear()
+    pieces = list(_pieces_of(_with_draws(jobs, slots), slots))
+    for piece in pieces:
+        piece.first()
+        if piece.entry.group["nonfinite"] == "skip":
+            piece.slot.add(nonfinite=~torch.isfinite(piece.grad).all())
+    for exchange in exchanges:
+        exchange.sum_first([job.entry.position for job in jobs if job.entry.position in exchange.slots])
+    for piece in pieces:
+        piece.second()
+    for exchange in exchanges:
+        exchange.sum_second()
+    for piece in pieces:
+        piece.finish()
+    asking = [job.entry.position for job in jobs if job.entry.group["nonfinite"] == "skip"]
+    return {position: slots[position].first["nonfinite"] == 0 for position in asking}
+
+
+def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
+    """The jobs with what determines the noise of their pieces: that of the same elements of an unsharded parameter."""
+    jobs = list(jobs)
+    rounding = [i for i, job in enumerate(jobs) if _rounds(job.entry)]
+    for of_device in group_by_key(jobs[i].entry.param.device for i in rounding).values():
+        chosen = [rounding[i] for i in of_device]
+        entries = [jobs[i].entry for i in chosen]
+        # One that has no origin raises here: its option was switched on by hand.
+        origins = [slots[entry.position].origin or checked_origin(entry.param, entry.position) for entry in entries]
+        for i, draws in zip(chosen, draws_of_entries(entries, origins), strict=True):
+            jobs[i] = jobs[i]._replace(draws=draws)
+    return jobs
+
+
+def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Piece]:
+    for job in jobs:
+        slot = slots[job.entry.position]
+        yield KINDS[slot.split](job, slot)
+
+
+def _rounds(entry: Entry) -> bool:
+    return wants_rounding(entry.param.dtype, entry.group["stochastic_rounding"])
+
+
+def local_grad(entry: Entry) -> Tensor:
+    """The gradient placed as its parameter is; a sum that is still due over the ranks is taken here."""
+    param, grad = entry.param, entry.grad
+    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+        grad = grad.redistribute(param.device_mesh, param.placements)
+    return local(grad)
+
+
+def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
+    """What stepping DTensor parameters runs compiled on this rank."""
+    keys: dict[Pass, None] = {}
+    for entry in entries:
+        if path_of(entry.group) != "compiled":
+            continue
+        p, g = local(entry.param), local(entry.grad)
+        split = split_of(cast(DTensor, entry.param))
+        if split is Split.VECTOR and _can_compile_vector(p, g):
+            shape = _vector_shape(p)
+            keys |= {_pass_for(entry, function, shape): None for function in (vectors.vector_sums, vectors.apply_vector)}
+        elif split is not Split.VECTOR and can_compile(p, g):
+            keys |= {_pass_for(entry, *of): None for of in passes_of(tuple(p.shape), split)}
+    return list(keys)
+
+
+def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:
+    param, dtypes = entry.param, (entry.param.dtype, entry.grad.dtype)
+    return pass_of(function, sizes, param.device, dtypes, entry.group["beta1"] is not None, _rounds(entry))
+
+
+def _runner(job: Job, compiles: bool) -> Run:
+    if compiles:
+        return lambda function, sizes, *arguments: passes.compiled(_pass_for(job.entry, function, sizes))(*arguments)
+    return lambda function, sizes, *arguments: function(*arguments)
+
+
+class _Piece:
+    """A piece on its way through a step: sums, all_reduce, (sums, all_reduce,) all writes."""
+
+    def __init__(self, job: Job, slot: Slot) -> None:
+        self.job, self.slot, self.entry, self.table = job, slot, job.entry, job.table
+        self.numel = job.entry.param.numel()
+        self.grad = local_grad(job.entry)  # placed as the parameter is
+
+    def first(self) -> None:
+        """Put into the first buffer what the ranks add up."""
+
+    def second(self) -> None:
+        """Put into the second buffer what needs the first."""
+
+    def finish(self) -> None:
+        """Write the parameter and the state."""
+
+    def summed(self, name: str) -> Tensor:
+        """A sum over the ranks, after the first all_reduce."""
+        return self.slot.first[name].to(self.table.dtype)
+
+    def measured(self, measured: Tensor) -> None:
+        """Put the RMS of parameter and update, shape [2], where they are kept."""
+        torch._foreach_copy_([self.entry.state["RMS"], self.job.update_rms], list(measured.unbind()))
+
+
+class _Matrix(_Piece):
+    def __init__(self, job: Job, slot: Slot) -> None:
+        super().__init__(job, slot)
+        state = job.entry.state
+        *_, self.rows, self.columns = job.entry.param.shape
+        self.row = local(state["exp_avg_sq_row"])
+        row, col = self.row.clone(), local(state["exp_avg_sq_col"])  # passes write rows before the ranks have agreed
+        exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
+        self.x = Member(local(job.entry.param), self.grad, row, col, None, exp_avg, None, job.table, job.draws)
+        self.piece = Piece(self.x, _runner(job, job.compiles), job.compiles)
+
+    def finish(self) -> None:
+        f, measured = self.factors()
+        self.piece.apply(f)
+        self.row.copy_(self.x.row)
+        self.measured(measured)
+
+    def factors(self) -> tuple[Factors, Tensor]:
+        """What turns the gradient into a step, and both RMS; brings the averages of this piece up to date, the rows in `x.row`."""
+        return finish(self.averages(), self.summed("param_sq"), self.x.col, self.table, self.numel)
+
+    def averages(self) -> Averages:
+        """The new averages of this piece, the rows also in `x.row`, and the sum of the squares of the whole update."""
+        raise NotImplementedError
+
+
+class _Slices(_Matrix):
+    """Whole rows and columns, so that only two numbers are added up."""
+
+    def first(self) -> None:
+        sums = self.piece.statistics()
+        self.local = averages(sums, self.x.col, self.table, self.rows)
+        self.slot.add(param_sq=sums.param_sq, update_sq=self.local.update_sq)
+
+    def averages(self) -> Averages:
+        return self.local._replace(update_sq=self.summed("update_sq"))
+
+
+class _Rows(_Matrix):
+    """Whole rows: the two reads of matrices.py."""
+
+    def first(self) -> None:
+        self.slot.add(**self.piece.statistics()._asdict())
+
+    def averages(self) -> Averages:
+        return averages(Sums(*map(self.summed, Sums._fields)), self.x.col, self.table, self.rows)
+
+
+class _Columns(_Matrix):
+    """Whole columns: the same identity with rows and columns exchanged."""
+
+    def first(self) -> None:
+        sums = self.piece.plain_sums()
+        self.col = moving_average(self.x.col, sums.col_sq / self.rows, self.table)
+        self.slot.add(param_sq=sums.param_sq, row_sq=sums.row_sq, weighted_sq=self.piece.weighted_rows(self.col))
+
+    def averages(self) -> Averages:
+        row = moving_average(self.x.row, self.summed("row_sq") / self.columns, self.table)
+        row_mean = row.mean(-1)
+        self.x.row.copy_(row)
+        return Averages(row_mean, self.col, (self.summed("weighted_sq") * (row_mean.unsqueeze(-1) / row)).sum())
+
+
+class _Grid(_Matrix):
+    """Neither: the row and column sums are added up first, and then what the update's RMS needs."""
+
+    def first(self) -> None:
+        sums = self.piece.plain_sums()
+        *lead, rows, columns = self.slot.window
+        self.lead, self.of_rows, self.of_columns = tuple(lead), (*lead, rows), (*lead, columns)
+        if self.slot.counts:
+            self.slot.first["param_sq"].copy_(sums.param_sq)
+            self.slot.first["row_sq"][self.of_rows].copy_(sums.row_sq)
+            self.slot.first["col_sq"][self.of_columns].copy_(sums.col_sq)
+
+    def second(self) -> None:
+        row_sq, col_sq = self.summed("row_sq")[self.of_rows], self.summed("col_sq")[self.of_columns]
+        row = moving_average(self.x.row, row_sq / self.columns, self.table)
+        self.col = moving_average(self.x.col, col_sq / self.rows, self.table)
+        self.x.row.copy_(row)
+        if self.slot.counts:
+            self.slot.second["weighted_sq"][self.lead].copy_((self.piece.weighted_rows(self.col) / row).sum(-1))
+        if self.slot.owns_rows:
+            self.slot.second["row"][self.lead].copy_(row.sum(-1))
+
+    def averages(self) -> Averages:
+        row_sum, weighted_sq = (self.slot.second[name].to(self.table.dtype) for name in ("row", "weighted_sq"))
+        row_mean = row_sum / self.rows
+        return Averages(row_mean[self.lead], self.col, (weighted_sq * row_mean).sum())
+
+
+class _Vector(_Piece):
+    def __init__(self, job: Job, slot: Slot) -> None:
+        super().__init__(job, slot)
+        state, p, g = job.entry.state, local(job.entry.param), self.grad
+        compiles = job.compiles and _can_compile_vector(p, g)
+        self.run, self.shape = _runner(job, compiles), _vector_shape(p) if compiles else tuple(p.shape)
+        exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
+        views = [None if x is None else x.view(self.shape) for x in (p, g, local(state["exp_avg_sq"]), exp_avg)]
+        self.p, self.g, self.exp_avg_sq, self.exp_avg = views
+
+    def first(self) -> None:
+        sums = self.run(vectors.vector_sums, self.shape, self.p, self.g, self.exp_avg_sq, self.table)
+        self.slot.add(**sums._asdict())
+
+    def finish(self) -> None:
+        sums = self.summed("param_sq"), self.summed("update_sq")
+        pieces = self.p, self.g, self.exp_avg_sq, self.exp_avg
+        self.measured(
+            self.run(vectors.apply_vector, self.shape, *pieces, *sums, self.table, self.job.draws, self.numel)
+        )
+
+
+def _can_compile_vector(p: Tensor, g: Tensor) -> bool:
+    return p.numel() > 1 and p.is_contiguous() and g.is_contiguous()
+
+
+def _vector_shape(p: Tensor) -> tuple[int, ...]:
+    return (p.numel(),) if p.numel() <= SHORT else rows_of(p.numel())
+
+
+KINDS: dict[Split, type[_Piece]] = {
+    Split.VECTOR: _Vector,
+    Split.SLICES: _Slices,
+    Split.ROWS: _Rows,
+    Split.COLUMNS: _Columns,
+    Split.GRID: _Grid,
+}

@@ -1,0 +1,130 @@
+"""Checkpoints: what is saved, what is loaded, and what is refused."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.optim import Optimizer
+
+from adafactor_compiled._state import placements
+from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.moments import State, complete, dims_of, shapes_of
+from adafactor_compiled._state.options import EXECUTION, OPTIONS, Group, check_options, wants_rounding
+
+
+@contextmanager
+def loading(optimizer: Optimizer) -> Iterator[None]:
+    """Within it `Optimizer.load_state_dict` checks what it loads, and leaves the state's dtypes as they are."""
+    loaded: dict[str, Any] = {}
+
+    # Other hooks may replace the dict that is loaded: this one comes after theirs, and the other one before theirs.
+    def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
+        loaded.update(checked(state_dict, optimizer.param_groups))
+        return loaded
+
+    def keep_dtypes(_: Optimizer) -> None:
+        params = [param for group in optimizer.param_groups for param in group["params"]]
+        groups = [group for group in optimizer.param_groups for _ in group["params"]]
+        for position, state in loaded_states(loaded):
+            optimizer.state[params[position]] = adopt(state, params[position])
+            complete(optimizer.state[params[position]], params[position], groups[position])
+
+    hooks = (
+        optimizer.register_load_state_dict_pre_hook(prepare),
+        optimizer.register_load_state_dict_post_hook(keep_dtypes, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def portable(state: State) -> State:
+    """A copy whose step count is an int, as transformers reads it."""
+    return {key: int(value) if key == "step" else value for key, value in state.items()}
+
+
+def adopt(loaded: State, param: Tensor) -> State:
+    """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
+    loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
+    return {key: _adopted(key, value, param) if isinstance(value, Tensor) else value for key, value in loaded.items()}
+
+
+def _adopted(key: str, value: Tensor, param: Tensor) -> Tensor:
+    dtype = compute_dtype(param.dtype)
+    if isinstance(param, DTensor) and key != "RMS":
+        return placements.placed(value, param, dims_of(key, param.ndim), dtype)
+    if isinstance(value, DTensor):
+        value = value.full_tensor()
+    return value.detach().to(device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
+
+
+def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
+    """A checkpoint with the groups' missing options filled in from `groups`.
+
+    Raises:
+        ValueError: a parameter count, an option or a parameter's state that does not fit.
+    """
+    saved_groups = state_dict["param_groups"]
+    lengths, saved_lengths = ([len(group["params"]) for group in x] for x in (groups, saved_groups))
+    if lengths != saved_lengths:
+        raise ValueError(
+            f"the checkpoint's groups should have {lengths} parameters but have {saved_lengths}; nothing was loaded"
+        )
+    filled = []
+    for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
+        own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in EXECUTION)}
+        filled.append({**saved, **own})
+        check_options(filled[-1], f" (parameter group {index} of the checkpoint)")
+    indices = [index for saved in saved_groups for index in saved["params"]]
+    params = [param for group in groups for param in group["params"]]
+    rounds = [group["stochastic_rounding"] for group in filled for _ in group["params"]]
+    for position, (index, param) in enumerate(zip(indices, params, strict=True)):
+        if wants_rounding(param.dtype, rounds[position]):
+            placements.checked_origin(param, position)
+        if index in state_dict["state"]:
+            _check_loaded(state_dict["state"][index], param, position)
+    return {**state_dict, "param_groups": filled}
+
+
+def loaded_states(state_dict: dict[str, Any]) -> Iterator[tuple[int, State]]:
+    """(position over all groups, state) of a checkpoint's parameters."""
+    indices = [index for group in state_dict["param_groups"] for index in group["params"]]
+    for position, index in enumerate(indices):
+        if index in state_dict["state"]:
+            yield position, state_dict["state"][index]
+
+
+def _check_loaded(loaded: State, param: Tensor, index: int) -> None:
+    """Raise ValueError where a checkpoint's state cannot be this parameter's."""
+    shape = tuple(param.shape)
+    dims = shapes_of(param, "exp_avg" in loaded)
+    expected = {key: tuple(shape[dim] for dim in dims[key]) for key in dims if key != "RMS"}
+    where = f"of parameter {index} (shape {shape})"
+    missing = [key for key in ("step", *expected) if key not in loaded]
+    if missing:
+        raise ValueError(f"the checkpoint's state {where} lacks {', '.join(missing)}; nothing was loaded")
+    for key, expected_shape in expected.items():
+        value = loaded[key]
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected_shape:
+            was = tuple(value.shape) if isinstance(value, Tensor) else value
+            raise ValueError(
+                f"the checkpoint's `{key}` {where} should have shape {expected_shape} but is: {was!r}; nothing was loaded"
+            )
+    for key in ("RMS", *expected):
+        value = loaded.get(key, 0.0)
+        if param.numel() and not _is_finite(value):  # the RMS of no elements is NaN
+            raise ValueError(f"the checkpoint's `{key}` {where} should be finite but holds NaN or inf; nothing was loaded")
+
+
+def _is_finite(value: Any) -> bool:
+    if not isinstance(value, Tensor):
+        return math.isfinite(value)
+    return value.is_meta or bool(torch.isfinite(value).all())

@@ -1,0 +1,60 @@
+"""The parameters that take part in a step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from adafactor_compiled._state.moments import State
+from adafactor_compiled._state.options import Group
+
+
+class Entry(NamedTuple):
+    """A parameter that takes part in a step."""
+
+    position: int  # counted over all groups
+    param: Tensor
+    grad: Tensor
+    state: State
+    group: Group
+
+
+def entries_of(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:
+    """The parameters that have a gradient."""
+    entries, position = [], -1
+    for group in groups:
+        for param in group["params"]:
+            position += 1
+            grad = param.grad
+            if grad is not None:
+                entries.append(Entry(position, param, grad.resolve_neg() if grad.is_neg() else grad, state[param], group))
+    return entries
+
+
+def entries_of_all(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:
+    """Every parameter that may get a gradient, as if each were its own gradient, with copies of the states."""
+    params = [(param, group) for group in groups for param in group["params"] if param.requires_grad]
+    return [Entry(-1, param, param.detach(), dict(state.get(param, {})), group) for param, group in params]
+
+
+def path_of(group: Group, param: Tensor | None = None) -> str:
+    """How a group asks to be stepped."""
+    if isinstance(param, DTensor):
+        return "sharded"
+    if group["foreach"] is False:
+        return "reference"
+    return "multi_tensor" if group["compile"] is False else "compiled"
+
+
+def count_step(entries: list[Entry]) -> None:
+    """Raise the step counts; those in tensors, a kernel each otherwise, by one call."""
+    counts = [entry.state["step"] for entry in entries if isinstance(entry.state["step"], Tensor)]
+    if counts:
+        torch._foreach_add_(counts, 1)
+    for entry in entries:
+        if not isinstance(entry.state["step"], Tensor):
+            entry.state["step"] += 1

@@ -1,0 +1,33 @@
+"""How tensors lie in memory, and which of them are alike."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Iterable
+from typing import TypeVar
+
+import torch
+
+Key = TypeVar("Key", bound=Hashable)
+
+
+def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return tuple(math.prod([max(size, 1) for size in shape[i + 1 :]]) for i in range(len(shape)))
+
+
+def same_layout(shape: tuple[int, ...], stride: tuple[int, ...], other: tuple[int, ...]) -> bool:
+    """Whether two strides of a shape address the same elements: that of a dimension of size 1 means nothing."""
+    return all(size == 1 or a == b for size, a, b in zip(shape, stride, other, strict=True))
+
+
+def compute_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the state and of all arithmetic for a parameter of `dtype`."""
+    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+
+
+def group_by_key(keys: Iterable[Key]) -> dict[Key, list[int]]:
+    """The positions of each key, in order; keys in the order of their first position."""
+    positions: dict[Key, list[int]] = {}
+    for position, key in enumerate(keys):
+        positions.setdefault(key, []).append(position)
+    return positions

@@ -1,0 +1,77 @@
+"""The state of a parameter: transformers' keys, shapes and dtypes; made, checked and completed here."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from adafactor_compiled._state import placements
+from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, same_layout
+from adafactor_compiled._state.options import Group
+
+State = dict[str, Any]
+
+
+def dims_of(key: str, ndim: int) -> list[int]:
+    """Which dimensions of a parameter a tensor of its state has."""
+    dims = [] if key == "RMS" else list(range(ndim))
+    if key == "exp_avg_sq_row":
+        del dims[-1]
+    elif key == "exp_avg_sq_col":
+        del dims[-2]
+    return dims
+
+
+def shapes_of(param: Tensor, momentum: bool) -> dict[str, list[int]]:
+    """The dimensions of a parameter that each tensor of its state has."""
+    keys = ["exp_avg_sq_row", "exp_avg_sq_col"] if param.ndim >= 2 else ["exp_avg_sq"]
+    return {key: dims_of(key, param.ndim) for key in [*keys, *["exp_avg"] * momentum, "RMS"]}
+
+
+def check(state: State, param: Tensor, group: Group, index: int) -> None:
+    """Raise RuntimeError for a state that cannot be this parameter's."""
+    for key, dims in shapes_of(param, group["beta1"] is not None).items():
+        value, shape = state.get(key), [param.shape[dim] for dim in dims]
+        if value is not None and list(getattr(value, "shape", [])) != shape:
+            raise RuntimeError(
+                f"`{key}` of parameter {index} (shape {tuple(param.shape)}) should have shape {tuple(shape)} but has "
+                f"{tuple(getattr(value, 'shape', ()))}; nothing was stepped"
+            )
+
+
+def complete(state: State, param: Tensor, group: Group) -> None:
+    """Add what a parameter's state lacks, and bring what is there to the dtype, device and layout that go with it."""
+    step = state.get("step", 0)
+    # An int would be part of an outer compiled graph: one graph for each step. What is in a tensor stays there, unread.
+    if group["capturable"] or torch.compiler.is_compiling() or isinstance(step, Tensor):
+        state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
+    else:
+        state["step"] = int(step)
+    for key, dims in shapes_of(param, group["beta1"] is not None).items():
+        state[key] = _fitted(state.get(key), key, dims, param)
+    if group["capturable"] and not torch.compiler.is_compiling():
+        # CUDA graphs made by torch.compile then update these in place; others they would copy in, and not step at all.
+        for value in state.values():
+            torch._dynamo.mark_static_address(value)
+
+
+def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:
+    """The tensor itself, where it fits; zeros for none, and for one that never had memory."""
+    dtype, shape = compute_dtype(param.dtype), [param.shape[dim] for dim in dims]
+    if isinstance(param, DTensor) and key != "RMS":
+        fits = isinstance(value, DTensor) and value.dtype == dtype and value.device == param.device
+        return value if fits else placements.zeros(param, dims, dtype) if value is None else placements.placed(value, param, dims, dtype)
+    stride = param.stride() if key == "exp_avg" else contiguous_stride(tuple(shape))  # a momentum is laid out as its parameter
+    if isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device:
+        if same_layout(tuple(shape), value.stride(), stride):
+            return value
+    if key == "exp_avg":
+        new = torch.zeros_like(param, dtype=dtype, requires_grad=False)
+    else:
+        new = torch.zeros(shape, dtype=dtype, device=param.device)
+    if isinstance(value, Tensor):
+        return new if value.is_meta else new.copy_(value)
+    return new if value is None else new.fill_(value)

@@ -1,0 +1,158 @@
+"""The options of a parameter group: their names, and what a value must be."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Group = dict[str, Any]
+
+# How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
+EXECUTION = ("foreach", "compile", "capturable")
+
+# Keys that torch and its learning-rate schedulers keep in a group beside the options.
+FOREIGN_KEYS = frozenset(
+    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale"]
+)
+
+
+PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
+
+
+def _at_least_zero(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+
+
+def _is_lr(value: object) -> bool:
+    if isinstance(value, Tensor):  # its value stays on its device: reading it would wait for that device
+        return value.numel() == 1 and value.is_floating_point()
+    return value is None or _at_least_zero(value)
+
+
+def _is_eps(value: object) -> bool:
+    return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_at_least_zero, value))
+
+
+def _is_clip_threshold(value: object) -> bool:
+    return value is None or (_at_least_zero(value) and value > 0)  # type: ignore[operator]
+
+
+def _is_decay_rate(value: object) -> bool:
+    return _is_number(value) and math.isfinite(value) and value <= 0  # type: ignore[arg-type, operator]
+
+
+def _is_beta1(value: object) -> bool:
+    return value is None or (_at_least_zero(value) and value < 1)  # type: ignore[operator]
+
+
+def _is_bool(value: object) -> bool:
+    return isinstance(value, bool)
+
+
+def _is_nonfinite(value: object) -> bool:
+    return value in ("propagate", "skip")
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_bool_or_none(value: object) -> bool:
+    return value is None or isinstance(value, bool)
+
+
+# name: (test, what it must be)
+OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+    "lr": (_is_lr, "None, a finite number >= 0 or a floating-point tensor with one element"),
+    "eps": (_is_eps, "two finite numbers >= 0"),
+    "clip_threshold": (_is_clip_threshold, "None or a finite number > 0"),
+    "decay_rate": (_is_decay_rate, "a finite number <= 0"),
+    "beta1": (_is_beta1, "None or a number in [0, 1)"),
+    "weight_decay": (_at_least_zero, "a finite number >= 0"),
+    "scale_parameter": (_is_bool, "a bool"),
+    "relative_step": (_is_bool, "a bool"),
+    "warmup_init": (_is_bool, "a bool"),
+    "foreach": (_is_bool_or_none, "None or a bool"),
+    "compile": (_is_bool_or_none, "None or a bool"),
+    "maximize": (_is_bool, "a bool"),
+    "capturable": (_is_bool, "a bool"),
+    "stochastic_rounding": (_is_bool, "a bool"),
+    "rounding_seed": (_is_int, "an int"),
+    "nonfinite": (_is_nonfinite, '"propagate" or "skip"'),
+}
+
+
+def check_options(group: Mapping[str, Any], where: str = "") -> None:
+    """Raise ValueError for the first option of a group that is not what it must be."""
+    for name, (is_valid, expected) in OPTIONS.items():
+        value = group[name]
+        if name == "lr" and group["relative_step"] is True:
+            continue  # a schedule may have written its report there; it is not read
+        if not is_valid(value):
+            raise ValueError(f"`{name}` should be {expected} but is: {value!r}{where}")
+    if group["warmup_init"] and not group["relative_step"]:
+        raise ValueError("`warmup_init=True` requires `relative_step=True`")
+    if group["lr"] is None and not group["relative_step"]:
+        raise ValueError(
+            "`lr` should be a number or a tensor when `relative_step=False` but is: None; "
+            f"pass `lr`, or let the optimizer choose it with `relative_step=True`{where}"
+        )
+    if group["foreach"] is False and group["compile"] is True:
+        raise ValueError(
+            f"`compile=True` compiles the multi-tensor path and cannot go with `foreach=False`; drop one of the two{where}"
+        )
+
+
+def check_manual_lr(lr: object, relative_step: object) -> None:
+    if lr is not None and relative_step:
+        raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
+
+
+def wants_rounding(dtype: torch.dtype, stochastic_rounding: bool) -> bool:
+    return stochastic_rounding and dtype in (torch.bfloat16, torch.float16)
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Refuse a misspelled option instead of ignoring it."""
+    unknown = sorted(set(names) - set(OPTIONS) - FOREIGN_KEYS)
+    if unknown:
+        raise ValueError(
+            f"unknown key in a parameter group: {', '.join(map(repr, unknown))}; the options are: {', '.join(OPTIONS)}"
+        )
+
+
+def check_parameter(param: Tensor, index: int) -> None:
+    if param.is_complex():
+        raise ValueError(
+            f"Adafactor does not support complex parameters but parameter {index} of shape {tuple(param.shape)} is "
+            f"{param.dtype}; pass torch.view_as_real of it"
+        )
+    if param.dtype not in PARAMETER_DTYPES:
+        raise ValueError(
+            f"Adafactor steps parameters of {', '.join(map(str, PARAMETER_DTYPES))} but parameter {index} of shape "
+            f"{tuple(param.shape)} is {param.dtype}"
+        )
+
+
+def check_gradient(param: Tensor, grad: Tensor, index: int) -> None:
+    """Raise RuntimeError for a gradient that does not fit its parameter."""
+    if grad.is_sparse or grad.layout is not torch.strided:
+        raise RuntimeError("Adafactor does not support sparse gradients.")
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"the gradient of parameter {index} (shape {tuple(param.shape)} on {param.device}) should have its shape and "
+            f"device but has shape {tuple(grad.shape)} on {grad.device}; nothing was stepped"
+        )
+    if not grad.is_floating_point():
+        raise RuntimeError(
+            f"the gradient of parameter {index} (shape {tuple(param.shape)}) should be floating-point but is "
+            f"{grad.dtype}; nothing was stepped"
+        )

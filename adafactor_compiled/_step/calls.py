@@ -1,0 +1,158 @@
+"""The compiled calls of a step: k members each, whatever their shapes, by one compiled function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._compile import passes
+from adafactor_compiled._compile.examples import example_of
+from adafactor_compiled._compile.passes import Pass, pass_of
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._step.routes import Route, route_of
+from adafactor_compiled._step.shape_class import ShapeClass
+from adafactor_compiled._update.members import Members
+
+
+class Call(NamedTuple):
+    shape_class: ShapeClass  # of its first member
+    keys: tuple[Pass, ...]  # what it runs: one pass, or several where one member takes several
+    positions: list[int]  # its members, by their positions among the entries of a step
+    routes: list[Route]  # and how each is passed
+    stand_ins: list[Members]  # what fills it up to k members, made when it is first needed: a graph is for a number of them
+
+
+def calls_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Call]:
+    """The calls that step these classes, each of which has a route."""
+    members = [(of, i) for of, positions in classes for i in positions]
+    calls = []
+    for keys, chosen in group_by_key(passes_of(of) for of, _ in members).items():
+        for part in _split(chosen, keys[0].k):
+            routes = [_route(members[j][0]) for j in part]
+            calls.append(Call(members[part[0]][0], keys, [members[j][1] for j in part], routes, []))
+    return calls
+
+
+def calls_inline(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Call]:
+    """The same for an outer graph: a class each, of any number of members."""
+    return [Call(of, (), list(positions), [_route(of)] * len(positions), []) for of, positions in classes]
+
+
+def _split(positions: list[int], k: int) -> Iterator[list[int]]:
+    for start in range(0, len(positions), k):
+        yield positions[start : start + k]
+
+
+@functools.cache
+def passes_of(of: ShapeClass) -> tuple[Pass, ...]:
+    dtypes = of.dtype, of.grad_dtype
+    return tuple(
+        dict.fromkeys(
+            pass_of(function, sizes, of.device, dtypes, of.momentum, of.rounding) for function, sizes in _route(of).passes
+        )
+    )
+
+
+def _route(of: ShapeClass) -> Route:
+    route = route_of(of)
+    assert route is not None
+    return route
+
+
+class Tables:
+    """The numbers of the entries of a step, stacked for its calls; many calls share them."""
+
+    def __init__(self, tables: list[Tensor], draws: list[Tensor]) -> None:
+        self.tables, self._draws = tables, draws
+        self._stacked: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, positions: Sequence[int], k: int) -> Tensor:
+        """[k, len(Numbers)]; the last one again where there are more members than positions."""
+        rows = [self.tables[i] for i in positions]
+        rows += rows[-1:] * (k - len(rows))
+        key = tuple(map(id, rows))
+        stacked = self._stacked.get(key)
+        if stacked is None:
+            stacked = self._stacked[key] = torch.stack(rows)
+        return stacked
+
+    def draws(self, positions: Sequence[int], k: int) -> Tensor:
+        """[k, DRAWS], likewise."""
+        rows = [self._draws[i] for i in positions]
+        return torch.stack(rows + rows[-1:] * (k - len(rows)))
+
+
+def run_call(call: Call, members: Members) -> Tensor:
+    """Step the members of a call; gives the RMS of each and of its update, shape [2, k or more]."""
+    (route, *_), (key, *_) = call.routes, call.keys
+    if not route.in_parts:
+        measured: Tensor = passes.compiled(key)(members)
+        return measured
+    of = call.shape_class
+
+    def run(function: Callable[..., Any], sizes: tuple[int, ...], *arguments: Any) -> Any:
+        part = pass_of(function, sizes, of.device, (of.dtype, of.grad_dtype), of.momentum, of.rounding)
+        return passes.compiled(part)(*arguments)
+
+    return torch.stack([route.function(member, run) for member in members.each()], 1)
+
+
+def run_inline(call: Call, members: Members) -> Tensor:
+    """The same as part of an outer graph."""
+    route = call.routes[0]
+    if not route.in_parts:
+        measured: Tensor = route.function(members)
+        return measured
+    return torch.stack([route.function(member, lambda function, _, *xs: function(*xs)) for member in members.each()], 1)
+
+
+def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
+    """The tensors of a call, as the views of their routes, and of what stands in for the members that it lacks."""
+    lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [], [])
+    params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones = lists
+    of, k = call.shape_class, len(call.positions)
+    for i, route in zip(call.positions, call.routes, strict=True):
+        _, p, g, state, _ = entries[i]
+        params.append(route.view(p))
+        grads.append(route.view(g))
+        if of.factored:
+            row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+            if route.transposed:
+                row, col = col, row
+            rows.append(row if row.shape == route.row_shape else row.view(route.row_shape))
+            cols.append(col if col.shape == route.col_shape else col.view(route.col_shape))
+            if route.in_blocks:
+                ones.append(route.ones(g, len(ones)))
+        else:
+            exp_avg_sqs.append(route.view(state["exp_avg_sq"]))
+        if of.momentum:
+            exp_avgs.append(route.view(state["exp_avg"]))
+    if call.keys and call.keys[0].k > k:
+        if not call.stand_ins:
+            call.stand_ins.append(example_of(call.keys[0], tiny=True)[0])
+        for own, others in zip(lists, call.stand_ins[0], strict=False):
+            own += others[k:]
+        k = call.keys[0].k
+    return Members(*lists, tables.of(call.positions, k), tables.draws(call.positions, k) if of.rounding else None)
+
+
+def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:
+    """The tensors of entries of a class."""
+    chosen, k = [entries[i] for i in positions], len(positions)
+    states = [entry.state for entry in chosen]
+    return Members(
+        params=[entry.param.detach() for entry in chosen],
+        grads=[entry.grad.detach() for entry in chosen],
+        rows=[state["exp_avg_sq_row"] for state in states] if of.factored else [],
+        cols=[state["exp_avg_sq_col"] for state in states] if of.factored else [],
+        exp_avg_sqs=[] if of.factored else [state["exp_avg_sq"] for state in states],
+        exp_avgs=[state["exp_avg"] for state in states] if of.momentum else [],
+        ones=[],
+        table=tables.of(positions, k),
+        draws=tables.draws(positions, k) if of.rounding else None,
+    )

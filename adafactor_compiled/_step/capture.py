@@ -1,0 +1,44 @@
+"""What `capturable=True` adds: the numbers that a host would keep live in tensors on the parameters' device.
+
+A CUDA graph and a compiled training loop replay what they recorded. A Python number is part of the record; a tensor is read
+anew each time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.layout import compute_dtype
+
+
+def lr_to_tensor(group: Group) -> None:
+    """Make a capturable group's learning rate a 0-dim tensor, which learning-rate schedulers then change in place.
+
+    A tensor that the user gave stays that tensor: the user may hold it to write to it.
+    """
+    lr, params = group["lr"], group["params"]
+    if group["capturable"] and params and isinstance(lr, (int, float)):
+        dtype = functools.reduce(torch.promote_types, [compute_dtype(param.dtype) for param in params])
+        group["lr"] = torch.tensor(float(lr), dtype=dtype, device=params[0].device)
+
+
+def check_capture(groups: Sequence[Group]) -> None:
+    """Raise RuntimeError for a step that a CUDA graph being captured would record wrongly."""
+    if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        return
+    for index, group in enumerate(groups):
+        lr, params = group["lr"], group["params"]
+        if not group["capturable"]:
+            raise RuntimeError(
+                f"`capturable` should be True to capture a step in a CUDA graph but is: False (parameter group {index})"
+            )
+        if not group["relative_step"] and isinstance(lr, Tensor) and any(lr.device != param.device for param in params):
+            raise RuntimeError(
+                "`lr` should be a tensor on the parameters' device to capture a step in a CUDA graph but is on: "
+                f"{lr.device} (parameter group {index})"
+            )

@@ -1,0 +1,68 @@
+"""What an interrupted step leaves: step counts that tell who was stepped, and a note that says so."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from adafactor_compiled._state.entries import Entry
+
+
+@contextmanager
+def counts_kept_true(entries: Sequence[Entry]) -> Iterator[None]:
+    """Take the step counts back of parameters that were not stepped, where the body raises, and note which were.
+
+    The write of a parameter comes last, so that a new version of its tensor means that it was stepped (a matrix that is stepped
+    in chunks perhaps in part). The second moments of a parameter that was not stepped may already hold its gradient, which the
+    next step then adds once more.
+    """
+    versions = [_version(entry.param) for entry in entries]
+    before = [_copied(entry.state["step"]) for entry in entries]
+    try:
+        yield
+    except BaseException as error:
+        stepped = []
+        for entry, version, step in zip(entries, versions, before, strict=True):
+            if _version(entry.param) != version:
+                stepped.append(entry.position)
+            elif isinstance(step, Tensor):
+                entry.state["step"].copy_(step)
+            else:
+                entry.state["step"] = step
+        _note(error, stepped, len(entries))
+        raise
+
+
+def _version(param: Tensor) -> int:
+    return (param._local_tensor if isinstance(param, DTensor) else param)._version
+
+
+def _copied(step: int | Tensor) -> int | Tensor:
+    return step.clone() if isinstance(step, Tensor) else step
+
+
+def _note(error: BaseException, stepped: list[int], count: int) -> None:
+    if not stepped or len(stepped) == count:
+        return
+    text = (
+        f"Adafactor was interrupted in a step: of {count} parameters, {_ranges(stepped)} had been stepped and the others had "
+        "not; the next step works as usual"
+    )
+    if hasattr(error, "add_note"):
+        error.add_note(text)
+    else:  # Python 3.10
+        error.args = (*error.args, text)
+
+
+def _ranges(numbers: list[int]) -> str:
+    """0, 1, 2, 5 as "0-2, 5"."""
+    ranges: list[list[int]] = []
+    for number in numbers:
+        if ranges and number == ranges[-1][1] + 1:
+            ranges[-1][1] = number
+        else:
+            ranges.append([number, number])
+    return ", ".join(f"{first}" if first == last else f"{first}-{last}" for first, last in ranges)

@@ -1,0 +1,171 @@
+"""What one step does, as data: the parameters that take part, checked, and the calls that step them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
+
+from adafactor_compiled._sharded.step import passes_of_shards
+from adafactor_compiled._compile.passes import Pass
+from adafactor_compiled._state.entries import Entry, path_of
+from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
+from adafactor_compiled._state.moments import check, complete
+from adafactor_compiled._state.options import Group, check_gradient, wants_rounding
+from adafactor_compiled._state.placements import check_gradient_placements
+from adafactor_compiled._step.calls import Call, calls_inline, calls_of
+from adafactor_compiled._step.routes import SHORT, route_of
+from adafactor_compiled._step.shape_class import ShapeClass, shape_class_of
+from adafactor_compiled._update import padded
+
+
+STRIDED = torch.strided
+
+
+class Part(NamedTuple):
+    """Entries that are stepped without compiled calls, or apart from the others, and how."""
+
+    path: str  # "compiled", "multi_tensor", "reference" or "sharded"
+    shape_class: ShapeClass  # of its first member
+    positions: list[int]
+    rooms: list[padded.Room]  # of short vectors on the multi-tensor path, made in the first of their steps
+
+
+class Plan(NamedTuple):
+    made_for: list[Described]
+    parts: list[Part]  # shape classes
+    eager: list[Part]  # what is stepped eagerly, where the others are compiled
+    all_eager: list[Part]  # what is stepped eagerly, where nothing is compiled
+    calls: list[Call]
+    sharded: list[int]  # the positions of DTensors
+    passes: list[Pass]  # what the calls run, and the sharded step on this rank
+    update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
+
+
+def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
+    """The plan of a step: the last one, where nothing has changed that it depends on.
+
+    All that compiled code relies on is looked at in each step: dtypes, devices, shapes and strides of parameters and gradients,
+    the options, and whether the tensors of the states are those that were checked when the plan was made.
+
+    Raises:
+        RuntimeError: a gradient or a state does not fit its parameter; nothing has changed.
+    """
+    if last is not None and _holds(last, entries):
+        return last
+    for entry in entries:
+        check_gradient(entry.param, entry.grad, entry.position)
+        check_gradient_placements(entry.param, entry.grad, entry.position)
+        check(entry.state, entry.param, entry.group, entry.position)
+    for entry in entries:
+        complete(entry.state, entry.param, entry.group)
+    classes = [(path_of(x.group, x.param), _class_of(x)) for x in entries]
+    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
+    inline = torch.compiler.is_compiling()
+    routed = [part for part in parts if part.path == "compiled" and route_of(part.shape_class) is not None]
+    calls = (calls_inline if inline else calls_of)([(part.shape_class, part.positions) for part in routed])
+    unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
+    in_calls = {i for part in routed for i in part.positions}
+    sharded = [i for i, entry in enumerate(entries) if isinstance(entry.param, DTensor)]
+    return Plan(
+        [] if inline else [_described(entry) for entry in entries],
+        parts,
+        _eager_parts(classes, [i for i in unsharded if i not in in_calls]),
+        _eager_parts(classes, unsharded),
+        calls,
+        sharded,
+        [] if inline else [*(key for call in calls for key in call.keys), *passes_of_shards(entries[i] for i in sharded)],
+        [torch.zeros_like(entry.state["RMS"]) for entry in entries],
+    )
+
+
+class Described(NamedTuple):
+    """All that a plan depends on of an entry; what it says of its state is that these are the tensors that were checked."""
+
+    group: int
+    options: tuple[Any, ...]
+    dtype: torch.dtype
+    device: torch.device
+    shape: torch.Size
+    stride: tuple[int, ...]
+    grad_type: type
+    grad_dtype: torch.dtype
+    grad_stride: tuple[int, ...]
+    state: list[Any]
+
+
+def _described(entry: Entry) -> Described:
+    _, p, g, state, group = entry
+    of_grad = type(g), g.dtype, g.stride()
+    return Described(id(group), _options_of(group), p.dtype, p.device, p.shape, p.stride(), *of_grad, list(state.values()))
+
+
+def _options_of(group: Group) -> tuple[Any, ...]:
+    names = ("foreach", "compile", "stochastic_rounding", "capturable")
+    return group["beta1"] is None, *(group[name] for name in names)
+
+
+def _holds(plan: Plan, entries: list[Entry]) -> bool:
+    """Whether a plan is for these entries, as they are now."""
+    if len(plan.made_for) != len(entries) or not entries:
+        return False
+    if type(plan.update_rms[0]) is not type(entries[0].state.get("RMS")):  # made in a mode that has ended, or has begun
+        return False
+    options: dict[int, tuple[Any, ...]] = {}
+    for (_, p, g, state, group), was in zip(entries, plan.made_for, strict=True):
+        if id(group) not in options:
+            options[id(group)] = _options_of(group)
+        if (
+            p.dtype is not was.dtype
+            or g.dtype is not was.grad_dtype
+            or type(g) is not was.grad_type
+            or g.layout is not STRIDED
+            or g.stride() != was.grad_stride
+            or p.stride() != was.stride
+            or p.shape != was.shape
+            or g.shape != was.shape
+            or p.device != was.device
+            or options[id(group)] != was.options
+            or id(group) != was.group
+            or len(state) != len(was.state)
+            or any(a is not b for a, b in zip(state.values(), was.state, strict=True) if type(b) is not int)
+        ):
+            return False
+    return True
+
+
+def _class_of(entry: Entry) -> ShapeClass:
+    _, param, grad, state, group = entry
+    rounds = wants_rounding(param.dtype, group["stochastic_rounding"])
+    tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
+    # A class of parameters may be derived from Parameter for its name alone.
+    plain = all(type(x) is Tensor for x in tensors) and (type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor)
+    return shape_class_of(param, grad, group["beta1"] is not None, rounds, plain)
+
+
+def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) -> list[Part]:
+    """Classes; on a CPU parameters one by one, but short vectors of any lengths together."""
+    keys = [_eager_key(*classes[i]) for i in positions]
+    parts = []
+    for (path, _), chosen in group_by_key(keys).items():
+        parts.append(Part(path, classes[positions[chosen[0]]][1], [positions[j] for j in chosen], []))
+    return parts
+
+
+def _eager_key(path: str, of: ShapeClass) -> tuple[str, ShapeClass]:
+    if path == "compiled":
+        path = "multi_tensor"
+    if not of.plain:
+        path = "reference"
+    return path, of._replace(shape=(-1,), stride=(1,), grad_stride=(1,)) if path == "multi_tensor" and is_padded(of) else of
+
+
+def is_padded(of: ShapeClass) -> bool:
+    """Whether these are short vectors, which eager operations step together."""
+    if of.factored or not 0 < of.numel <= SHORT or of.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in (of.stride, of.grad_stride))

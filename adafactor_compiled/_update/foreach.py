@@ -1,0 +1,75 @@
+"""One step of a shape class, breadth-first: the numbered steps of reference.py by `torch._foreach_*` operations over k members.
+
+What is large stays where it lies, in lists; what is small (the second-moment factors, the numbers) is stacked along a first
+dimension of size k.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.numbers import Numbers, clip_divisor, step_size
+from adafactor_compiled._update.rounding import noise_of, rounded
+
+
+def step_class(members: Members) -> Tensor:
+    """Step k members of one shape; gives the RMS of each and of its update, shape [2, k]."""
+    numbers = Numbers.of(members.table)
+    n, dtype = members.params[0].numel(), members.table.dtype
+    params, grads = _to(members.params, dtype), _to(members.grads, dtype)
+
+    rms = torch.stack(torch._foreach_norm(params)) / n**0.5  # 2
+    alpha = step_size(numbers, rms)  # 3, 4
+    update = _factored_update(members, grads, numbers) if members.rows else _whole_update(members, grads, numbers)  # 5
+    update_rms = torch.stack(torch._foreach_norm(update)) / n**0.5  # 6
+    scale = numbers.sign * alpha / clip_divisor(numbers, update_rms)
+    torch._foreach_mul_(update, scale.unbind())  # 7
+
+    if members.exp_avgs:  # 8
+        torch._foreach_mul_(members.exp_avgs, numbers.beta1.unbind())
+        torch._foreach_mul_(update, numbers.one_minus_beta1.unbind())
+        torch._foreach_add_(members.exp_avgs, update)
+        update = members.exp_avgs
+    # p - (p * decay + update): p * (1 - decay) would round 1 - decay, the same way at every step.
+    decrease = torch._foreach_mul(params, (numbers.weight_decay * alpha).unbind())  # 9
+    torch._foreach_add_(decrease, update)
+    new = torch._foreach_sub(params, decrease)  # 10
+    if members.draws is not None:
+        to = members.params[0].dtype
+        new = tuple(rounded(x, noise_of(d, x.shape, to), to) for x, d in zip(new, members.draws.unbind(), strict=True))
+    torch._foreach_copy_(members.params, new)
+    return torch.stack([rms, update_rms])
+
+
+def _factored_update(members: Members, grads: list[Tensor], numbers: Numbers) -> list[Tensor]:
+    squared = torch._foreach_mul(grads, grads)
+    small = numbers.unsqueeze(grads[0].ndim - 1)
+    row = _moving_average(members.rows, [s.mean(-1) for s in squared], small)
+    col = _moving_average(members.cols, [s.mean(-2) for s in squared], small)
+    del squared
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt().unsqueeze(-1)
+    update = list(torch._foreach_mul(grads, row_factor.unbind()))
+    torch._foreach_mul_(update, col.rsqrt().unsqueeze(-2).unbind())
+    return update
+
+
+def _moving_average(averages: list[Tensor], means: list[Tensor], numbers: Numbers) -> Tensor:
+    """Bring the row or column averages up to date and return them stacked."""
+    new: Tensor = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
+    torch._foreach_copy_(averages, new.unbind())
+    return new
+
+
+def _whole_update(members: Members, grads: list[Tensor], numbers: Numbers) -> list[Tensor]:
+    squared = torch._foreach_mul(grads, grads)
+    torch._foreach_add_(squared, numbers.eps.unbind())
+    torch._foreach_mul_(squared, numbers.one_minus_beta2.unbind())
+    torch._foreach_mul_(members.exp_avg_sqs, numbers.beta2.unbind())
+    torch._foreach_add_(members.exp_avg_sqs, squared)
+    return list(torch._foreach_mul(grads, torch._foreach_rsqrt(members.exp_avg_sqs)))
+
+
+def _to(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return tensors if tensors[0].dtype == dtype else [x.to(dtype) for x in tensors]

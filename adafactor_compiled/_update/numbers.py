@@ -1,0 +1,169 @@
+"""The numbers of a step: every hyperparameter and everything derived from the step count, as data.
+
+Compiled code never sees a Python number that may change: it sees one vector for each parameter, laid out as `Numbers`.
+A learning-rate schedule, another weight decay or a parameter that joined late is then new data for the same graph.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.layout import compute_dtype, group_by_key
+from adafactor_compiled._state.options import Group
+
+
+class Numbers(NamedTuple):
+    """What a pass reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones.
+
+    Eager steps of one parameter read Python numbers where nothing is a tensor.
+    """
+
+    lr: Any  # the learning rate before it is scaled by the parameter's RMS
+    beta2: Any
+    one_minus_beta2: Any
+    eps: Any  # added to the squared gradient
+    min_scale: Any  # the least RMS by which the learning rate is scaled
+    scale_parameter: Any  # 1 or 0
+    clip_threshold: Any  # inf: no clipping
+    beta1: Any
+    one_minus_beta1: Any
+    weight_decay: Any
+    sign: Any  # -1 to maximize
+    one: Any  # 1, but a graph does not know it
+
+    @classmethod
+    def of(cls, table: Tensor) -> Numbers:
+        """Split a table of shape [..., len(Numbers)]."""
+        return cls(*table.unbind(-1))
+
+    def unsqueeze(self, ndim: int) -> Numbers:
+        """Give [k] vectors `ndim` trailing dimensions of size 1, to broadcast over k stacked tensors."""
+        return Numbers(*(x.reshape(x.shape + (1,) * ndim) for x in self))
+
+
+def relative_lr(group: Group, step: Any) -> Any:
+    """The learning rate of `relative_step`, of a step count that is an int or a tensor."""
+    if isinstance(step, Tensor):
+        rate = step.rsqrt()
+        return torch.minimum(1e-6 * step, rate) if group["warmup_init"] else rate.clamp(max=1e-2)
+    return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
+
+
+def unscaled_lr(group: Group, step: Any) -> Any:
+    return relative_lr(group, step) if group["relative_step"] else group["lr"]
+
+
+def plain_numbers(group: Group, step: Any) -> Numbers:
+    """The numbers of a group at a step count: Python numbers, or tensors where an input is one."""
+    one_minus_beta2 = step ** group["decay_rate"]
+    beta1 = group["beta1"] or 0.0
+    clip_threshold = group["clip_threshold"]
+    return Numbers(
+        lr=unscaled_lr(group, step),
+        beta2=1.0 - one_minus_beta2,
+        one_minus_beta2=one_minus_beta2,
+        eps=group["eps"][0],
+        min_scale=group["eps"][1],
+        scale_parameter=float(group["scale_parameter"]),
+        clip_threshold=math.inf if clip_threshold is None else clip_threshold,
+        beta1=beta1,
+        one_minus_beta1=1.0 - beta1,
+        weight_decay=group["weight_decay"],
+        sign=-1.0 if group["maximize"] else 1.0,
+        one=1.0,
+    )
+
+
+def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The numbers of one group at one step count, as a vector of shape [len(Numbers)], or [k, len(Numbers)] where `step`
+    is a vector of k step counts.
+
+    Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
+    """
+    row = plain_numbers(group, step)
+    if not any(isinstance(x, Tensor) for x in row):
+        return _to_device(torch.tensor(row, dtype=dtype, device="cpu"), device)
+    shape = step.shape if isinstance(step, Tensor) else ()
+    return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
+
+
+def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
+    """The numbers of each entry, a vector on its device; made once for entries of one group at one step."""
+    tables: list[Tensor] = [None] * len(entries)  # type: ignore[list-item]
+    by_key = group_by_key(
+        (index, compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
+        for index, entry in zip(_group_indices(entries), entries, strict=True)
+    )
+    for (_, dtype, device, count), positions in by_key.items():
+        first = entries[positions[0]]
+        if count is None:
+            steps = torch.stack([entries[i].state["step"] for i in positions]).to(dtype)
+            rows = list(numbers_of(first.group, steps, dtype, device).unbind())
+        else:
+            rows = [numbers_of(first.group, count, dtype, device)] * len(positions)
+        for i, row in zip(positions, rows, strict=True):
+            tables[i] = row
+    return tables
+
+
+def _group_indices(entries: Sequence[Entry]) -> list[int]:
+    """The number of each entry's group. Its `id` would be guarded by an outer graph, and load_state_dict makes new groups."""
+    indices, index, last = [], -1, None
+    for entry in entries:
+        if entry.group is not last:
+            index, last = index + 1, entry.group
+        indices.append(index)
+    return indices
+
+
+def _count(step: int | Tensor) -> int | None:
+    """A step count as a key; None where it lives in a tensor, which is not read."""
+    return None if isinstance(step, Tensor) else step
+
+
+def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    if not isinstance(value, Tensor):
+        return torch.full(shape, value, dtype=dtype, device=device)
+    if value.numel() == 1:
+        value = value.reshape(())
+    filled: Tensor = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
+    return filled
+
+
+def _to_device(table: Tensor, device: torch.device) -> Tensor:
+    if device.type == "cpu":
+        return table
+    if device.type == "cuda":
+        table = table.pin_memory()  # a copy from pageable memory would wait for the device
+    return table.to(device, non_blocking=True)
+
+
+def root_mean(total: Tensor, count: Any) -> Tensor:
+    """In float64, as is all that is made of it: an error in these few numbers is an error of every element."""
+    mean: Tensor = total.to(torch.float64) / count
+    return mean.sqrt()
+
+
+def step_size(numbers: Numbers, param_rms: Tensor) -> Tensor:
+    """The learning rate scaled by the parameter's RMS (a NaN stays NaN)."""
+    scale = torch.maximum(param_rms, numbers.min_scale)
+    alpha: Tensor = numbers.lr * torch.where(numbers.scale_parameter > 0, scale, 1.0)
+    return alpha
+
+
+def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
+    """What the update is divided by, so that its RMS does not exceed the threshold."""
+    ratio: Tensor = update_rms / numbers.clip_threshold
+    return ratio.clamp(min=1.0)
+
+
+def scale_and_decay(numbers: Numbers, param_rms: Tensor, update_rms: Tensor) -> tuple[Tensor, Tensor]:
+    """What the update before clipping is multiplied by, and what share of the parameter decays."""
+    alpha = step_size(numbers, param_rms)
+    return numbers.sign * alpha / clip_divisor(numbers, update_rms), numbers.weight_decay * alpha

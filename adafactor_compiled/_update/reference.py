@@ -1,0 +1,63 @@
+"""The algorithm, one parameter at a time, in plain eager operations: what every other path is held to."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._update.numbers import unscaled_lr
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._update.rounding import noise_of, write
+
+
+def step_parameter(
+    param: Tensor, grad: Tensor, state: dict[str, Any], group: Group, update_rms: Tensor, draws: Tensor | None = None
+) -> None:
+    """Step one parameter in place; `state["step"]` has already been raised (1).
+
+    `update_rms`, 0-dim, receives the RMS of the update before clipping. `draws` are for stochastic rounding.
+    """
+    compute_dtype = state["RMS"].dtype
+    p, g = param.to(compute_dtype), grad.to(compute_dtype)  # p is param itself unless that is half-precision
+    step, (eps, min_scale) = state["step"], group["eps"]
+    step = step.to(compute_dtype) if isinstance(step, torch.Tensor) else step
+
+    state["RMS"].copy_(rms(p))  # 2
+    alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
+    if group["scale_parameter"]:
+        alpha = alpha * state["RMS"].clamp(min=min_scale)
+    one_minus_beta2 = step ** group["decay_rate"]  # 4
+    beta2 = 1.0 - one_minus_beta2
+
+    squared = g * g + eps  # 5
+    if param.ndim >= 2:
+        row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
+        row.mul_(beta2).add_(squared.mean(-1) * one_minus_beta2)
+        col.mul_(beta2).add_(squared.mean(-2) * one_minus_beta2)
+        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt()
+        update = g * (row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2))
+    else:
+        v = state["exp_avg_sq"]
+        v.mul_(beta2).add_(squared * one_minus_beta2)
+        update = g * v.rsqrt()
+
+    update_rms.copy_(rms(update))
+    if group["clip_threshold"] is not None:  # 6
+        update = update / (update_rms / group["clip_threshold"]).clamp(min=1.0)
+    update = update * alpha  # 7
+    if group["maximize"]:
+        update = -update
+
+    if group["beta1"] is not None:  # 8
+        update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
+    if group["weight_decay"] != 0:  # 9
+        p.sub_(p * (group["weight_decay"] * alpha))
+    p.sub_(update)  # 10
+    if p is not param:
+        write(param, p, None if draws is None else noise_of(draws, p.shape, param.dtype))
+
+
+def rms(x: Tensor) -> Tensor:
+    return torch.div(torch.linalg.vector_norm(x), x.numel() ** 0.5)

@@ -1,0 +1,102 @@
+"""One step of parameters whose second moment is as large as they are: vectors, and kernels of one element."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._update.matrices import materialize, sum_twice
+from adafactor_compiled._update.members import Member, Members
+from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
+from adafactor_compiled._update.rounding import noise_of, write
+
+
+def step_vectors(members: Members) -> Tensor:
+    """A whole step of k vectors; gives the RMS of each and of its update, shape [2, k].
+
+    Short ones have shape [n]; long ones are cut into rows for their sums alone, [m, n].
+    """
+    return torch.stack([_step(x, x.exp_avg_sq, None) for x in members.each()], 1)
+
+
+def step_pointwise(members: Members) -> Tensor:
+    """The same of kernels of one element, as vectors: row and column are two copies of the whole second moment."""
+    return torch.stack([_step(x, x.col, x.row) for x in members.each()], 1)
+
+
+class VectorSums(NamedTuple):
+    """What the first read of a vector, or of a piece of it, adds to the sums of the whole."""
+
+    param_sq: Tensor
+    update_sq: Tensor
+
+
+def vector_sums(p: Tensor, g: Tensor, second_moment: Tensor, table: Tensor) -> VectorSums:
+    """Nothing is written."""
+    wide, sums = _wide(p, table)
+    new = _moved(g.to(wide), second_moment, table)
+    # Of squares / new rather than of g / sqrt(new): a square root less.
+    return VectorSums(sums(p.to(wide).square()), sums(g.to(wide).square() / new))
+
+
+def apply_vector(
+    p: Tensor,
+    g: Tensor,
+    second_moment: Tensor,
+    exp_avg: Tensor | None,
+    param_sq: Tensor,
+    update_sq: Tensor,
+    table: Tensor,
+    draws: Tensor | None,
+    numel: int,
+) -> Tensor:
+    """All writes of a step of a vector, or of a piece of one of `numel` elements, from its sums; gives both RMS, shape [2]."""
+    return _apply(p, g, second_moment, None, exp_avg, VectorSums(param_sq, update_sq), table, draws, numel)
+
+
+def _step(x: Member, second_moment: Tensor, twin: Tensor | None) -> Tensor:
+    sums = vector_sums(x.p, x.g, second_moment, x.table)
+    return _apply(x.p, x.g, second_moment, twin, x.exp_avg, sums, x.table, x.draws, x.p.numel())
+
+
+def _apply(
+    p: Tensor,
+    g: Tensor,
+    second_moment: Tensor,
+    twin: Tensor | None,
+    exp_avg: Tensor | None,
+    sums: VectorSums,
+    table: Tensor,
+    draws: Tensor | None,
+    numel: int,
+) -> Tensor:
+    numbers, (wide, _) = Numbers.of(table), _wide(p, table)
+    wide_p, wide_g = p.to(wide), g.to(wide)
+    new = _moved(wide_g, second_moment, table)
+    rms, update_rms = root_mean(sums.param_sq, numel), root_mean(sums.update_sq, numel)
+    scale, decay = (materialize(x.to(wide)) for x in scale_and_decay(numbers, rms, update_rms))
+    update = wide_g * (new.rsqrt() * scale)
+    if exp_avg is not None:
+        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
+        exp_avg.copy_(update)
+    elements = (p.numel(), 1, 1) if twin is not None else (p.numel(),)
+    noise = None if draws is None else noise_of(draws, elements, p.dtype).reshape(p.shape)
+    write(p, (wide_p - (wide_p * decay + update)).to(table.dtype), noise)
+    second_moment.copy_(new)
+    if twin is not None:
+        twin.copy_(new)
+    return torch.stack([rms, update_rms]).to(table.dtype)
+
+
+def _wide(p: Tensor, table: Tensor) -> tuple[torch.dtype, Callable[[Tensor], Tensor]]:
+    """The arithmetic: short vectors are stepped in float64, which costs little where they are in cache."""
+    return (torch.float64, torch.sum) if p.ndim == 1 else (table.dtype, sum_twice)
+
+
+def _moved(g: Tensor, second_moment: Tensor, table: Tensor) -> Tensor:
+    numbers = Numbers.of(table)
+    new: Tensor = second_moment * numbers.beta2 + (g.square() + numbers.eps) * numbers.one_minus_beta2
+    return new
