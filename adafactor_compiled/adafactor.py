@@ -237,7 +237,7 @@ class Adafactor(Optimizer):
             raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
         if param.grad is not None:
             first = sum(len(other["params"]) for other in self.param_groups[: _index_of(group, self.param_groups)])
-            check_gradient(param, param.grad, first + i)
+            options.check_gradient(param, param.grad, first + i)
             self._step([Entry(first + i, param, param.grad, self.state[param], group)], param)
             self._opt_called = True  # or torch's schedulers warn that nothing was stepped
 

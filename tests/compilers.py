@@ -13,6 +13,8 @@ import torch
 from torch._dynamo.utils import counters
 
 from adafactor_compiled._compile import passes
+from adafactor_compiled._step import calls, routes
+from adafactor_compiled._update import blocks, chunks
 
 Compiler = Callable[[passes.Pass], Callable[..., Any]]
 
@@ -39,3 +41,17 @@ def compiled_by(compiler: Compiler) -> Iterator[None]:
 def graphs() -> int:
     """How many graphs this process has compiled; one of them is the probe of the environment."""
     return int(counters["stats"]["unique_graphs"])
+
+
+@contextmanager
+def cut_otherwise(**constants: int) -> Iterator[None]:
+    """Have matrices cut by other constants of blocks.py, or convolutions by another SLICES of chunks.py."""
+    caches = blocks.blocking_of, routes.route_of, calls.passes_of
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in constants.items():
+            patch.setattr(chunks if name == "SLICES" else blocks, name, value)
+        for cache in caches:
+            cache.cache_clear()
+        yield
+    for cache in caches:
+        cache.cache_clear()

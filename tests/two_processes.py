@@ -12,15 +12,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import nullcontext
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tolerances
-
-from adafactor_compiled import _compile
 
 MANY = 300  # tests: all of them, rather than a file or two
 DIRECTORY = "ADAFACTOR_COMPILED_TESTS"  # in the environment of the second: where both leave what the other must know
@@ -30,13 +27,11 @@ def run(session: pytest.Session) -> bool | None:
     """The loop over the tests of a session, for pytest_runtestloop; None where pytest's own is to run them."""
     if session.testsfailed or session.config.option.collectonly or len(session.items) <= MANY or os.cpu_count() == 1:
         return None
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_compile, "helped", lambda *_: nullcontext())  # both cores have enough to do
-        if is_second():
-            _run_what_is_left(session, Path(os.environ[DIRECTORY]))
-            _leave(tolerances.largest_errors)
-        else:
-            _run_with_another(session)
+    if is_second():
+        _run_what_is_left(session, Path(os.environ[DIRECTORY]))
+        _leave(tolerances.largest_errors)
+    else:
+        _run_with_another(session)
     return True
 
 

@@ -19,17 +19,30 @@ def progress(items: Sequence[Item], title: str, show: bool | None = None) -> Ite
         title: what is being done.
         show: True or False to insist; None for "where standard error is a terminal".
     """
-    stream = sys.stderr
-    if show is None:
-        show = stream.isatty()
+    shown = _is_terminal() if show is None else show
     try:
         for done, item in enumerate(items):
-            if show:
-                filled = WIDTH * done // len(items)
-                stream.write(f"\r{title} [{'#' * filled}{'.' * (WIDTH - filled)}] {done}/{len(items)}")
-                stream.flush()
+            filled = WIDTH * done // len(items)
+            shown = shown and _written(f"\r{title} [{'#' * filled}{'.' * (WIDTH - filled)}] {done}/{len(items)}")
             yield item
     finally:
-        if show:
-            stream.write("\r\x1b[K")
-            stream.flush()
+        if shown:
+            _written("\r\x1b[K")
+
+
+def _is_terminal() -> bool:
+    """Whether standard error is one; it may be None, closed, or whatever someone has put there."""
+    try:
+        return bool(sys.stderr.isatty())
+    except (AttributeError, ValueError):
+        return False
+
+
+def _written(text: str) -> bool:
+    """Whether standard error takes a text."""
+    try:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+    except (AttributeError, ValueError, OSError):
+        return False
+    return True

@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import errno
+import functools
 import os
+import sys
 from pathlib import Path
 
 COMPILER = (
     "install a C++ compiler (Debian and Ubuntu: `apt-get install g++`; conda: `conda install gxx`) or name it in the "
     "environment variable CXX"
 )
-CACHE = "name a folder that can be written to, on a disk with room, in the environment variable TORCHINDUCTOR_CACHE_DIR"
+CACHE = (
+    "name a folder that can be written to, on a disk with room from which code may run, in the environment variable "
+    "TORCHINDUCTOR_CACHE_DIR"
+)
+LOCALE = "set the environment variable PYTHONUTF8=1"
+INTERPRETER = "set `sys.executable` to a Python interpreter"
+MORE = "set the environment variable TORCHDYNAMO_VERBOSE=1 to see all of the error"
+NOT_WRITABLE = {
+    getattr(errno, name)
+    for name in ("EROFS", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "ENOTDIR", "EISDIR", "EEXIST")
+    if hasattr(errno, name)  # Windows has fewer
+}
 _forked = False
+
+
+@functools.cache
+def forbid_in_children() -> None:
+    """From now on, compiled code has run here: a forked child has its OpenMP, but none of the threads that it waits for."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
 
 
 def _note_fork() -> None:
     global _forked
     _forked = True
-
-
-def forbid_in_children() -> None:
-    """From now on, compiled code has run here: a forked child has its OpenMP, but none of the threads that it waits for."""
-    if not _registered:
-        _registered.append(True)
-        if hasattr(os, "register_at_fork"):
-            os.register_at_fork(after_in_child=_note_fork)
-
-
-_registered: list[bool] = []
 
 
 def reason_not_to_compile() -> tuple[str, str] | None:
@@ -45,18 +54,26 @@ def reason_not_to_compile() -> tuple[str, str] | None:
 def cause_of(error: BaseException) -> tuple[str, str]:
     """Cause and remedy of a compilation that failed."""
     chain = list(_chain(error))
-    names = [type(x).__name__ for x in chain]
-    if "InvalidCxxCompiler" in names:
-        return "no C++ compiler was found", COMPILER
+    said = "\n".join(map(_text, chain))
     last = chain[-1]
+    if any(type(x).__name__ == "InvalidCxxCompiler" for x in chain):
+        return "no C++ compiler was found", COMPILER
     for x in chain:
-        if isinstance(x, OSError) and x.errno in (errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOSPC, errno.EDQUOT):
+        if isinstance(x, OSError) and x.errno in NOT_WRITABLE:
             where = f" ({Path(str(x.filename)).name})" if x.filename else ""
             return f"torch's cache of compiled code could not be written: {x.strerror}{where}", CACHE
+    if (full := os.strerror(errno.ENOSPC)) in said:  # it was the compiler that wrote
+        return f"torch's cache of compiled code could not be written: {full}", CACHE
+    if (noexec := "failed to map segment from shared object") in said:
+        return f"compiled code could not be loaded from torch's cache: {noexec}", CACHE
     for x in chain:
-        if type(x).__name__ == "CppCompileError":
+        if type(x).__name__ in ("CppCompileError", "CalledProcessError"):
             return f"the C++ compiler failed: {_first_line(x)}", COMPILER
-    return f"a compilation failed: {type(last).__name__}: {_first_line(last)}", "mend that"
+    if isinstance(last, UnicodeError):
+        return f"torch could not read a text in the encoding of this locale: {_first_line(last)}", LOCALE
+    if not sys.executable:
+        return f"torch could not start Python, since `sys.executable` is {sys.executable!r}", INTERPRETER
+    return f"a compilation failed: {type(last).__name__}: {_first_line(last)}", MORE
 
 
 def _chain(error: BaseException | None) -> list[BaseException]:
@@ -68,6 +85,13 @@ def _chain(error: BaseException | None) -> list[BaseException]:
     return chain
 
 
+def _text(error: BaseException) -> str:
+    """Its message; of a command that failed, what it has printed."""
+    output = getattr(error, "output", None) or str(error)
+    return output.decode(errors="replace") if isinstance(output, bytes) else str(output)
+
+
 def _first_line(error: BaseException) -> str:
-    text = str(getattr(error, "output", error))
-    return next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    """Of its message, the first line that speaks of an error."""
+    lines = [line.strip() for line in _text(error).splitlines() if line.strip()]
+    return next((line for line in lines if "error" in line.lower()), lines[0] if lines else type(error).__name__)

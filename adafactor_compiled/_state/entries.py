@@ -31,8 +31,13 @@ def entries_of(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[E
             position += 1
             grad = param.grad
             if grad is not None:
-                entries.append(Entry(position, param, grad.resolve_neg() if grad.is_neg() else grad, state[param], group))
+                entries.append(Entry(position, param, _without_neg(grad), state[param], group))
     return entries
+
+
+def _without_neg(grad: Tensor) -> Tensor:
+    """The negative bit of a view of a complex tensor, which a kernel would not see, written out."""
+    return grad if torch.compiler.is_compiling() or not grad.is_neg() else grad.resolve_neg()
 
 
 def entries_of_all(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:

@@ -17,6 +17,7 @@ from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.rounding import SWAPPED
 
 
 class Call(NamedTuple):
@@ -31,7 +32,7 @@ def calls_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Call]:
     """The calls that step these classes, each of which has a route."""
     members = [(of, i) for of, positions in classes for i in positions]
     calls = []
-    for keys, chosen in group_by_key(passes_of(of) for of, _ in members).items():
+    for (keys, _), chosen in group_by_key((passes_of(of), _route(of).transposed and of.rounding) for of, _ in members).items():
         for part in _split(chosen, keys[0].k):
             routes = [_route(members[j][0]) for j in part]
             calls.append(Call(members[part[0]][0], keys, [members[j][1] for j in part], routes, []))
@@ -50,12 +51,10 @@ def _split(positions: list[int], k: int) -> Iterator[list[int]]:
 
 @functools.cache
 def passes_of(of: ShapeClass) -> tuple[Pass, ...]:
-    dtypes = of.dtype, of.grad_dtype
-    return tuple(
-        dict.fromkeys(
-            pass_of(function, sizes, of.device, dtypes, of.momentum, of.rounding) for function, sizes in _route(of).passes
-        )
-    )
+    dtypes, keys = (of.dtype, of.grad_dtype), []
+    for function, sizes in _route(of).passes:
+        keys.append(pass_of(function, sizes, of.device, dtypes, of.momentum, of.rounding))
+    return tuple(dict.fromkeys(keys))
 
 
 def _route(of: ShapeClass) -> Route:
@@ -81,10 +80,11 @@ class Tables:
             stacked = self._stacked[key] = torch.stack(rows)
         return stacked
 
-    def draws(self, positions: Sequence[int], k: int) -> Tensor:
-        """[k, DRAWS], likewise."""
+    def draws(self, positions: Sequence[int], k: int, transposed: bool = False) -> Tensor:
+        """[k, DRAWS], likewise; of the transposes, where they are stepped instead."""
         rows = [self._draws[i] for i in positions]
-        return torch.stack(rows + rows[-1:] * (k - len(rows)))
+        draws = torch.stack(rows + rows[-1:] * (k - len(rows)))
+        return draws[:, SWAPPED] if transposed else draws
 
 
 def run_call(call: Call, members: Members) -> Tensor:
@@ -138,7 +138,8 @@ def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
         for own, others in zip(lists, call.stand_ins[0], strict=False):
             own += others[k:]
         k = call.keys[0].k
-    return Members(*lists, tables.of(call.positions, k), tables.draws(call.positions, k) if of.rounding else None)
+    draws = tables.draws(call.positions, k, call.routes[0].transposed) if of.rounding else None
+    return Members(*lists, tables.of(call.positions, k), draws)
 
 
 def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:

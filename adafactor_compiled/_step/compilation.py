@@ -9,7 +9,7 @@ from collections.abc import Sequence
 import torch
 
 from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.toolchain import cause_of, reason_not_to_compile
+from adafactor_compiled._compile.toolchain import cause_of, forbid_in_children, reason_not_to_compile
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.plan import Plan
 
@@ -43,6 +43,7 @@ class Compilation:
             if environment is None:  # the user has switched torch.compile off, or is in a mode that it does not know
                 return False
             if not any(of is plan and where == environment for of, where in self._ready):
+                forbid_in_children()
                 passes.make_ready(plan.passes, environment, show_progress)
                 self._ready = [*self._ready[-7:], (plan, environment)]
         except Exception as error:  # whatever it is that keeps torch from compiling, there is another way to step

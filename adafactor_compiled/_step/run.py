@@ -18,6 +18,7 @@ from adafactor_compiled._step.calls import Tables, members_as_they_are, members_
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part
+from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update import eager, foreach, padded, reference
 from adafactor_compiled._update.numbers import Numbers, plain_numbers, tables_of
 from adafactor_compiled._update.rounding import draws_of_entries
@@ -53,7 +54,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     _keep_measured(measured, plan, entries)
     skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
     params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
-    return Record(params, tables, rms, plan.update_rms, skipped)
+    return Record(params, tables.tables, rms, plan.update_rms, skipped)
 
 
 def _draws_of(entries: list[Entry]) -> list[Tensor]:
@@ -89,7 +90,7 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
             reference.step_parameter(*entries[i][1:], plan.update_rms[i], draws)
         return []
     members = members_as_they_are(of, part.positions, entries, tables)
-    if of.device.type != "cpu" or torch.compiler.is_compiling():
+    if not steps_one_by_one(of):
         return [(part.positions, foreach.step_class(members))]
     if k >= padded.LEAST and is_padded(of):
         room = part.rooms[0] if part.rooms else padded.room_of(members)
@@ -99,6 +100,14 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
     for i, member in zip(part.positions, members.each(), strict=True):
         eager.step_parameter(member, _plain_numbers(entries[i]), entries[i].state["RMS"], plan.update_rms[i])
     return []
+
+
+def steps_one_by_one(of: ShapeClass) -> bool:
+    """Whether eager operations go through one parameter after the other, and not each through all of a class.
+
+    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back there. Elsewhere a launch is dear.
+    """
+    return of.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _plain_numbers(entry: Entry) -> Numbers:

@@ -98,8 +98,8 @@ def _step_in_parts(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
 
 def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
     """The sum over the columns of squared / col, of a matrix."""
-    least = col.min()  # 1 / col might overflow
-    return torch.mv(squared, least / col).div_(least)
+    scale = col.min().sqrt() * col.max().sqrt()  # 1 / col might overflow, and underflow beside another
+    return torch.mv(squared, scale / col).div_(scale)
 
 
 def _over_rows(squared: Tensor, row: Tensor) -> Tensor:

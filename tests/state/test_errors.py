@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._options import check_gradient
+from adafactor_compiled._state.options import check_gradient
+from adafactor_compiled._step.compilation import Compilation
 
 MANUAL = {"lr": 1e-3, "relative_step": False}
 
@@ -159,7 +160,7 @@ def test_gradients(spoil: Any, message: str, path: dict[str, Any]) -> None:
     optimizer = Adafactor([first, second], **path)
     first.grad, second.grad = torch.ones(3, 4), torch.ones(3, 4)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Adafactor, "_compiles", lambda *_: False)  # the checks come before; nothing is to be compiled here
+        patch.setattr(Compilation, "compiles", lambda *_: False)  # the checks come before; nothing is to be compiled here
         spoil(second)
         state = copy.deepcopy(optimizer.state[first])
         with pytest.raises(RuntimeError, match=re.escape(message)):

@@ -12,8 +12,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from adafactor_compiled import Adafactor, AdafactorSchedule, _routes
-from adafactor_compiled._passes import step_class
+from adafactor_compiled import Adafactor, AdafactorSchedule
 
 PATHS = [{"compile": False}, {"foreach": False}]
 SHAPES = [(4, 6), (4, 6), (4, 6), (2, 3, 4), (5,), (5,), ()]
@@ -181,31 +180,6 @@ def test_the_order_is_breadth_first():
         if function is torch.ops.aten._foreach_copy_.default and args[0][0].shape == (4, 6)
     ]
     assert [len(tensors) for tensors in writes] == [5]
-
-
-@pytest.mark.parametrize("shape", [(4, 6), (5,), (2, 3, 4)])
-def test_breadth_first_calls_step_alike(shape, monkeypatch):
-    """What CUDA runs compiled, calls of 4, 2 and 1 members, run here as they are."""
-    params = parameters([shape] * 7)
-    others = [param.detach().clone().requires_grad_() for param in params]
-    for param, other in zip(params, others, strict=True):
-        other.grad = param.grad.clone()
-    optimizer, reference = Adafactor(params, compile=False), Adafactor(others, foreach=False)
-    sizes = []
-
-    def run(function, variant, members, table):
-        assert function is step_class
-        sizes.append(len(members.params))
-        function(members, table)
-
-    monkeypatch.setattr(_routes, "step_eager", lambda _, members, tables, *__: _routes.step_breadth_first(members, tables, run))
-    for _ in range(3):
-        optimizer.step()
-        reference.step()
-    assert sizes == [4, 2, 1] * 3
-    for param, other in zip(params, others, strict=True):
-        assert_same_parameter(param, other, "breadth-first calls")
-        assert_same_state(optimizer.state[param], reference.state[other], param.dtype)
 
 
 CAPTURES = [

@@ -7,7 +7,9 @@ import sys
 import pytest
 import torch
 
-from adafactor_compiled import Adafactor, _depth_first, _routes, _run
+from adafactor_compiled import Adafactor
+from adafactor_compiled._step import run
+from adafactor_compiled._update import reference
 
 SHAPES = [(6, 8), (6, 8), (4, 4), (5,), (5,), ()]
 PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
@@ -48,9 +50,9 @@ def told(error):
 
 INTERRUPTED = {
     # path: (module, function that is called part by part, stepped before its second call, as the note has it)
-    "reference": (_run, "step_parameter", [0], ": of 6 parameters, 0 had been stepped"),
-    "multi-tensor": (_routes, "step_eager", [0, 1], ": of 6 parameters, 0-1 had been stepped"),
-    "compiled": (_depth_first, "_step_whole", [0], ": of 6 parameters, 0 had been stepped"),
+    "reference": (reference, "step_parameter", [0], ": of 6 parameters, 0 had been stepped"),
+    "multi-tensor": (run, "_run_part", [0, 1], ": of 6 parameters, 0-1 had been stepped"),
+    "compiled": (run, "run_call", [0, 1, 2], ": of 6 parameters, 0-2 had been stepped"),
 }
 
 

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 import torch
-from compilers import aot_eager, compiled_by, uncompiled
+from compilers import aot_eager, compiled_by, cut_otherwise, uncompiled
 from hypothesis import given, settings
 from strategies import Group, Parameter, Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
-from adafactor_compiled import Adafactor, _depth_first, _eager, _plan, _routes
+from adafactor_compiled import Adafactor
+from adafactor_compiled._step import calls, plan, routes, run
+from adafactor_compiled._update import blocks, eager
 
 
 def realign(optimizer: Adafactor, reference: Adafactor) -> None:
@@ -69,33 +71,39 @@ def test_multi_tensor(problem: Problem) -> None:
 def test_multi_tensor_in_parts(problem: Problem) -> None:
     """As matrices that do not fit in cache are stepped, here from 8 elements on."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_eager, "WHOLE_NUMEL", 8)
+        patch.setattr(eager, "WHOLE_NUMEL", 8)
         check_against_reference(problem, "multi-tensor, in parts", compile=False)
 
 
-@pytest.mark.parametrize("small", [_depth_first.SMALL_NUMEL, 0], ids=["small matrices as one block", "all in blocks"])
+@pytest.mark.parametrize("small", [blocks.SMALL_NUMEL, 0], ids=["small matrices as one block", "all in blocks"])
 @settings(max_examples=60)
 @given(problem=problems())
 def test_order_of_the_compiled_path_on_a_cpu(small: int, problem: Problem) -> None:
-    with compiled_by(uncompiled), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_depth_first, "SMALL_NUMEL", small)
-        patch.setattr(_depth_first, "blocking_of", functools.cache(_depth_first.blocking_of.__wrapped__))
+    with compiled_by(uncompiled), cut_otherwise(SMALL_NUMEL=small):
         check_against_reference(problem, "depth-first, uncompiled", compile=True)
 
 
 @settings(max_examples=60)
 @given(problem=problems())
 def test_order_of_the_compiled_path_on_cuda(problem: Problem) -> None:
-    """The order is a choice of the device alone, and what it computes is not."""
-
-    def breadth_first(shape_class: Any, members: Any, tables: Any) -> None:
-        _routes.step_breadth_first(members, tables, lambda function, variant, *arguments: function(*arguments))
-
+    """How parameters are passed is a choice of the device alone, and what is computed is not."""
     with pytest.MonkeyPatch.context() as patch, compiled_by(uncompiled):
-        patch.setattr(_routes, "step_compiled", breadth_first)
-        for joins in ("joined", "any_shape"):  # what only a CPU steps as one
-            patch.setattr(_plan, joins, lambda shape_class: shape_class)
-        check_against_reference(problem, "breadth-first, uncompiled", compile=True)
+        route_of = routes.route_of.__wrapped__
+        cuda = functools.cache(lambda of: route_of(of._replace(device=torch.device("cuda"))))
+        for module in (routes, calls, plan):
+            patch.setattr(module, "route_of", cuda)
+        calls.passes_of.cache_clear()
+        check_against_reference(problem, "compiled as on cuda, uncompiled", compile=True)
+    calls.passes_of.cache_clear()
+
+
+@settings(max_examples=40)
+@given(problem=problems())
+def test_multi_tensor_on_cuda(problem: Problem) -> None:
+    """The same operations over all members of a class, here on a CPU."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(run, "steps_one_by_one", lambda of: False)
+        check_against_reference(problem, "multi-tensor as on cuda", compile=False)
 
 
 @settings(max_examples=5)
@@ -153,9 +161,8 @@ CHUNK_NUMEL = 2_097_152  # several chunks of each matrix that is not stepped in 
 
 
 @pytest.mark.parametrize("name", FIXED)
-def test_compiled(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_depth_first, "CHUNK_NUMEL", CHUNK_NUMEL)
-    monkeypatch.setattr(_depth_first, "blocking_of", functools.cache(_depth_first.blocking_of.__wrapped__))
+def test_compiled(name: str) -> None:
     # In float32 the RMS of millions of elements is off by 1e-4 in the reference, and by 1e-7 in the compiled passes.
     exact = torch.float64 if "chunks" in name else None
-    check_against_reference(FIXED[name], "compiled", reference_dtype=exact, compile=True)
+    with cut_otherwise(CHUNK_NUMEL=CHUNK_NUMEL):
+        check_against_reference(FIXED[name], "compiled", reference_dtype=exact, compile=True)

@@ -11,20 +11,22 @@ from hypothesis import strategies as st
 from strategies import Problem, problems
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._plan import entries_of, plan_of
-from adafactor_compiled._shape_class import group_by_class, shape_class_of
+from adafactor_compiled._state.entries import entries_of
+from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._step.plan import plan_of
+from adafactor_compiled._step.shape_class import shape_class_of
 
 
 @settings(max_examples=200)
 @given(keys=st.lists(st.integers(0, 5)))
 def test_grouping_keeps_each_position_once_and_in_order(keys: list[int]) -> None:
-    classes = group_by_class(keys)
+    classes = group_by_key(keys)
     assert sorted(i for positions in classes.values() for i in positions) == list(range(len(keys)))
     for key, positions in classes.items():
         assert positions == sorted(positions)
         assert all(keys[i] == key for i in positions)
     assert list(classes) == list(dict.fromkeys(keys))
-    assert group_by_class(keys) == classes
+    assert group_by_key(keys) == classes
 
 
 def test_a_class_is_what_a_graph_depends_on() -> None:

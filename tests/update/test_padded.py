@@ -4,11 +4,13 @@ import pytest
 import torch
 from torch import nn
 
-from adafactor_compiled import Adafactor, _joined
-from adafactor_compiled._plan import entries_of, plan_of
-from adafactor_compiled._shape_class import JOINED_NUMEL
+from adafactor_compiled import Adafactor
+from adafactor_compiled._state.entries import entries_of
+from adafactor_compiled._step.plan import plan_of
+from adafactor_compiled._step.routes import SHORT
+from adafactor_compiled._update import padded
 
-SIZES = [1, 5, _joined.BLOCK - 1, _joined.BLOCK, _joined.BLOCK + 1, 300, JOINED_NUMEL, JOINED_NUMEL + 1]
+SIZES = [1, 5, padded.BLOCK - 1, padded.BLOCK, padded.BLOCK + 1, 300, SHORT, SHORT + 1]
 MODES = {"multi-tensor": {"compile": False}, "compiled": {"compile": True}}
 
 
@@ -85,23 +87,8 @@ def test_short_vectors_are_stepped_as_one_and_reported_by_their_shapes():
     optimizer = Adafactor(params, compile=False)
     set_gradients(params, 0)
     plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
-    assert [len(part.positions) for part in plan.batches] == [len(params) - 2, 1, 1]  # but for a long one and one with a stride
+    assert [len(part.positions) for part in plan.all_eager] == [len(params) - 2, 1, 1]  # but for a long one and one with a stride
     assert len(plan.parts) == len({(p.shape, p.stride()) for p in params}) == len(optimizer.summary().classes)
-
-
-def test_matrices_of_all_shapes_are_one_batch_of_compiled_steps():
-    """But for those that another pass steps: transposed, kernels of convolutions, one row."""
-    together = [torch.zeros(shape) for shape in [(4, 6), (3, 5), (2, 4, 5), (2, 5, 6), (4, 6)]]
-    apart = [torch.zeros(6, 4).mT, torch.zeros(4, 2, 3, 3), torch.zeros(4, 2, 1, 1), torch.zeros(1, 6)]
-    for chosen, merges in (({}, True), ({"compile": False}, False)):
-        params = [*(torch.nn.Parameter(x) for x in (*together, *apart)), *vectors()]
-        optimizer = Adafactor(params, **chosen)
-        set_gradients(params, 0)
-        plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
-        everyone = list(range(len(together)))
-        assert (everyone in [part.positions for part in plan.merged]) == merges
-        assert everyone not in [part.positions for part in plan.batches]
-        assert len(plan.merged) == len(plan.batches) - merges * (len({x.shape for x in together}) - 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -6,9 +6,10 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
+from compilers import cut_otherwise
 
-from adafactor_compiled import Adafactor, StepInBackward, _routes
-from adafactor_compiled import _rounding as rounding
+from adafactor_compiled import Adafactor, StepInBackward
+from adafactor_compiled._update import rounding
 
 PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
 HALF = [torch.bfloat16, torch.float16]
@@ -188,18 +189,13 @@ def test_the_paths_draw_alike(name):
 
 
 def test_a_matrix_in_chunks_draws_as_a_whole_one():
-    from adafactor_compiled import _depth_first
-
     shape = (37, 16)
     whole, chunked = parameters(shapes=[shape]), parameters(shapes=[shape])
     optimizers = [optimizer_of(x, compile=True) for x in (whole, chunked)]
-    small = _depth_first.Blocking(1, 37, 16, 4, whole=None, chunk_numel=128, chunks_per_apply=1)
-    blocking_of = _depth_first.blocking_of
-    for params, optimizer, blocking in zip((whole, chunked), optimizers, (None, small), strict=True):
+    small = {"WHOLE_NUMEL": 128, "CHUNK_NUMEL": 128, "CHUNKS_PER_APPLY": 1, "BLOCK_NUMEL": 64}
+    for params, optimizer, constants in zip((whole, chunked), optimizers, ({}, small), strict=True):
         set_gradients(params, 0)
-        with pytest.MonkeyPatch.context() as patch:
-            if blocking is not None:
-                patch.setattr(_depth_first, "blocking_of", lambda x: small if x == shape else blocking_of(x))
+        with cut_otherwise(**constants):
             optimizer.step()
     assert (whole[0] != chunked[0]).sum().item() <= 1
 
@@ -208,8 +204,7 @@ def test_kernels_in_parts_draw_as_a_whole():
     whole, in_parts = (parameters(shapes=[(6, 5, 3, 3)]) for _ in range(2))
     for params, slices in ((whole, 30), (in_parts, 8)):
         set_gradients(params, 0)
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(_routes, "SLICES", slices)
+        with cut_otherwise(SLICES=slices):
             optimizer_of(params, compile=True).step()
     assert (whole[0] != in_parts[0]).sum().item() <= 1
 
