@@ -39,7 +39,9 @@ def compiled_by(compiler: Compiler) -> Iterator[None]:
 
 
 def graphs() -> int:
-    """How many graphs this process has compiled; one of them is the probe of the environment."""
+    """How many graphs this process has compiled, the probe of the environment included."""
+    with torch.no_grad():
+        passes.environment()
     return int(counters["stats"]["unique_graphs"])
 
 

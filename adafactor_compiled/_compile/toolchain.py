@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import functools
 import os
+import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 COMPILER = (
@@ -53,15 +55,17 @@ def reason_not_to_compile() -> tuple[str, str] | None:
 
 def cause_of(error: BaseException) -> tuple[str, str]:
     """Cause and remedy of a compilation that failed."""
-    chain = list(_chain(error))
+    chain = _chain(error)
     said = "\n".join(map(_text, chain))
     last = chain[-1]
     if any(type(x).__name__ == "InvalidCxxCompiler" for x in chain):
         return "no C++ compiler was found", COMPILER
-    for x in chain:
-        if isinstance(x, OSError) and x.errno in NOT_WRITABLE:
-            where = f" ({Path(str(x.filename)).name})" if x.filename else ""
-            return f"torch's cache of compiled code could not be written: {x.strerror}{where}", CACHE
+    for refused in (x for x in chain if isinstance(x, OSError)):
+        where = f" ({Path(str(refused.filename)).name})" if refused.filename else ""
+        if _of_a_start(refused):
+            return f"the C++ compiler could not be started: {refused.strerror}{where}", COMPILER
+        if refused.errno in NOT_WRITABLE:
+            return f"torch's cache of compiled code could not be written: {refused.strerror}{where}", CACHE
     if (full := os.strerror(errno.ENOSPC)) in said:  # it was the compiler that wrote
         return f"torch's cache of compiled code could not be written: {full}", CACHE
     if (noexec := "failed to map segment from shared object") in said:
@@ -83,6 +87,12 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return chain
+
+
+def _of_a_start(error: BaseException) -> bool:
+    """Whether it was raised where a process was to be started."""
+    frames = traceback.extract_tb(error.__traceback__)
+    return bool(frames) and frames[-1].filename == subprocess.__file__
 
 
 def _text(error: BaseException) -> str:

@@ -69,7 +69,7 @@ class Piece:
 
     def _of_slices(self, x: Tensor, *rest: int) -> Tensor:
         """With the leading dimensions of the piece."""
-        return x.reshape(*self.lead, *rest)
+        return x.reshape((*self.lead, *rest))
 
     def statistics(self) -> Sums:
         """The sums of each slice; brings `x.row` up to date."""

@@ -66,7 +66,7 @@ def _route(of: ShapeClass) -> Route:
 class Tables:
     """The numbers of the entries of a step, stacked for its calls; many calls share them."""
 
-    def __init__(self, tables: list[Tensor], draws: list[Tensor]) -> None:
+    def __init__(self, tables: list[Tensor], draws: dict[int, Tensor]) -> None:
         self.tables, self._draws = tables, draws
         self._stacked: dict[tuple[int, ...], Tensor] = {}
 

@@ -1,8 +1,7 @@
-"""Whether a step runs compiled: what it lacks is compiled before anything has changed; where that fails, what is done instead."""
+"""Whether a step runs compiled: what it lacks is compiled before anything has changed, or else it goes without."""
 
 from __future__ import annotations
 
-import os
 import warnings
 from collections.abc import Sequence
 

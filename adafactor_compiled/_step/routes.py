@@ -47,10 +47,11 @@ class Route(NamedTuple):
         return ones
 
     def view(self, x: Tensor) -> Tensor:
-        """Without a gradient of its own, as are all views that are made in a step."""
+        if x.requires_grad:
+            x = x.detach()
         if self.transposed:
             x = x.mT
-        return x.view(self.shape) if x.shape != self.shape else x.detach() if x.requires_grad else x
+        return x if x.shape == self.shape else x.view(self.shape)
 
 
 @functools.cache

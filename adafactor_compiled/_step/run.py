@@ -57,9 +57,9 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     return Record(params, tables.tables, rms, plan.update_rms, skipped)
 
 
-def _draws_of(entries: list[Entry]) -> list[Tensor]:
-    """What determines the noise of each entry that is rounded stochastically; an empty tensor for the others."""
-    draws = [torch.empty(0, device="cpu")] * len(entries)
+def _draws_of(entries: list[Entry]) -> dict[int, Tensor]:
+    """What determines the noise of the entries that are rounded stochastically, by their positions among all."""
+    draws: dict[int, Tensor] = {}
     rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group["stochastic_rounding"])]
     for of_device in group_by_key(entries[i].param.device for i in rounding).values():
         chosen = [rounding[j] for j in of_device]

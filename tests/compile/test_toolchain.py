@@ -1,33 +1,50 @@
-"""Machines without a working C++ compiler: `compile=True` says so, `compile=None` goes without, and nothing is lost.
+"""Machines on which torch.compile cannot work: `compile=True` says why, `compile=None` goes without, and nothing is lost.
 
 Each case is a process of its own with an empty cache, since a process that has compiled once needs no compiler.
 """
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 
-SCRIPT = """
+from adafactor_compiled._compile.progress import progress
+from adafactor_compiled._compile.toolchain import cause_of
+
+SECONDS = 600  # that a process may take, on however busy a machine
+
+COMMON = """
 import json
+import os
+import sys
 import warnings
 
 import torch
+import torch._dynamo
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._compile import options
+
+for function, k in options.MEMBERS.items():  # calls of less code
+    options.MEMBERS[function] = min(k, 2)
 
 
 def make():
     generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in [(6, 8), (7,), ()]]
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in [(7,), (6, 8), ()]]
     for p in params:
         p.grad = torch.randn(p.shape, generator=generator)
     return params
@@ -37,28 +54,36 @@ def same(first, second):
     return all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
 
 
+def untouched(optimizer):
+    states = optimizer.state.values()
+    return same(params_of(optimizer), make()) and not any(torch.as_tensor(x).any() for state in states for x in state.values())
+
+
+def params_of(optimizer):
+    return optimizer.param_groups[0]["params"]
+
+
+"""
+
+FAILING = """
 report = {}
-params, untouched = make(), make()
-optimizer = Adafactor(params, compile=True)
-attempts = []
-for attempt in (optimizer.step, optimizer.step, optimizer.warm_up):
+optimizer = Adafactor(make(), compile=True)
+errors = []
+for attempt in (optimizer.step, optimizer.warm_up):
     try:
         attempt()
     except RuntimeError as error:
-        attempts.append([type(error).__name__, str(error)])
-report["errors"] = attempts
-report["params_untouched"] = same(params, untouched)
-states = [optimizer.state[p] for p in params]
-report["state_untouched"] = not any(torch.as_tensor(value).any() for state in states for value in state.values())
+        errors.append([type(error).__name__, str(error)])
+report["errors"] = errors
+report["untouched"] = untouched(optimizer)
 
 optimizer.param_groups[0]["compile"] = False
-expected = Adafactor(untouched, compile=False)
+expected = Adafactor(make(), compile=False)
 optimizer.step()
 expected.step()
-report["goes_on_without"] = same(params, untouched)
+report["goes_on_without"] = same(params_of(optimizer), params_of(expected))
 
-params, untouched = make(), make()
-optimizer, expected = Adafactor(params), Adafactor(untouched, compile=False)
+optimizer, expected = Adafactor(make()), Adafactor(make(), compile=False)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
@@ -66,73 +91,325 @@ with warnings.catch_warnings(record=True) as caught:
         expected.step()
 report["warnings"] = [str(w.message) for w in caught if "Adafactor" in str(w.message)]
 report["warned_from"] = [w.filename for w in caught if "Adafactor" in str(w.message)]
-report["same_results"] = same(params, untouched)
+report["same"] = same(params_of(optimizer), params_of(expected))
+report["close"] = all(torch.allclose(p, q, rtol=1e-5) for p, q in zip(params_of(optimizer), params_of(expected)))
+report["graphs"] = torch._dynamo.utils.counters["stats"]["unique_graphs"]
 print(json.dumps(report))
 """
 
 BROKEN = """#!/bin/sh
 [ "$1" = --version ] && echo "g++ 1.0" && exit 0
-echo "fatal error: no space left" >&2
+echo "In file included from here" >&2
+printf 'fatal error: m\\351moire \\342\\200\\230x\\342\\200\\231\\n' >&2
 exit 1
 """
+# In namespaces of its own: a disk of memory for the cache, which goes with the process.
+ON_A_DISK = """
+disk=$1 options=$2 then=$3
+shift 3
+mount -t tmpfs -o "$options" none "$disk" && mkdir "$disk/cache" && eval "$then" || exit 77
+exec "$@"
+"""
+
+NO_COMPILER, NO_CACHE = ("apt-get install g++", "CXX"), ("TORCHINDUCTOR_CACHE_DIR",)
+NOT_WRITTEN = "torch's cache of compiled code could not be written: "
 
 
-def compiler(kind: str, directory: Path) -> tuple[Path, str]:
-    """A C++ compiler that does not work, and what should be said of it."""
-    path = directory / "g++"
-    if kind == "absent":
-        return path, "no C++ compiler was found"
-    path.write_text(BROKEN if kind == "broken" else "#!/bin/sh\nexit 1\n")
-    path.chmod(0o644 if kind == "not executable" else 0o755)
-    return path, {"broken": "the C++ compiler failed: ", "useless": "no C++ compiler was found"}.get(kind, "C++ compiler")
+class Kind(NamedTuple):
+    """A machine on which compilation fails."""
+
+    cause: str
+    remedy: tuple[str, ...]
+    cxx: str | None = None  # the compiler's text
+    mode: int = 0o755  # and its mode
+    disk: tuple[str, str] | None = None  # the cache on a disk of its own: mount's options, and a command behind it
+    before: str = ""  # what Python does first
+    environment: dict[str, str] = {}  # noqa: RUF012
+    may_work: bool = False  # some releases of torch, on some processors, compile none the less
 
 
-KINDS = ["absent", "useless", "broken", "not executable"]
+KINDS = {
+    "no compiler": Kind("no C++ compiler was found", NO_COMPILER, cxx=""),
+    "a useless compiler": Kind("no C++ compiler was found", NO_COMPILER, cxx="#!/bin/sh\nexit 1\n"),
+    "a compiler that is not executable": Kind("the C++ compiler could not be started: ", NO_COMPILER, cxx=BROKEN, mode=0o644),
+    "a failing compiler, in no encoding": Kind(
+        "the C++ compiler failed: fatal error: m\ufffdmoire \u2018x\u2019", NO_COMPILER, cxx=BROKEN
+    ),
+    "a cache below a file": Kind(NOT_WRITTEN, NO_CACHE, before="os.environ['TORCHINDUCTOR_CACHE_DIR'] = __file__ + '/x'"),
+    "a read-only cache": Kind(NOT_WRITTEN + "Read-only", NO_CACHE, disk=("size=8m", "mount -o remount,ro $disk")),
+    "a full cache": Kind(NOT_WRITTEN + "No space left", NO_CACHE, disk=("size=4k", "true")),
+    "a cache without inodes": Kind(NOT_WRITTEN + "No space left", NO_CACHE, disk=("nr_inodes=3", "true")),
+    "a cache that runs no code": Kind(
+        "compiled code could not be loaded from torch's cache: ", NO_CACHE, disk=("noexec", "true")
+    ),
+    "no sys.executable": Kind("`sys.executable` is None", ("`sys.executable`",), before="sys.executable = None", may_work=True),
+    "a locale of ASCII": Kind(
+        *("in the encoding of this locale: 'ascii' codec", ("PYTHONUTF8=1",)),
+        environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+        may_work=True,
+    ),
+}
+
+
+class Run(NamedTuple):
+    code: int
+    printed: str
+    complaints: str
+    script: Path
+
+
+def run(kind: Kind, directory: Path, body: str = FAILING) -> Run:
+    script, cxx, cache = directory / "script.py", directory / "g++", directory / "cache"
+    script.write_text(COMMON + kind.before + body)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **kind.environment}
+    if kind.cxx is not None:
+        environment["CXX"] = str(cxx)
+        if kind.cxx:
+            cxx.write_text(kind.cxx)
+            cxx.chmod(kind.mode)
+    command = [sys.executable, str(script)]
+    if kind.disk is not None:
+        if shutil.which("unshare") is None:
+            return Run(77, "", "", script)
+        disk = directory / "disk"
+        disk.mkdir()
+        cache = disk / "cache"
+        command = ["unshare", "-rm", "sh", "-c", ON_A_DISK, "sh", str(disk), *kind.disk, *command]
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
+    ran = subprocess.run(command, env=environment, capture_output=True, timeout=SECONDS)
+    return Run(ran.returncode, ran.stdout.decode(), ran.stderr.decode(errors="replace"), script)
 
 
 @pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, tuple[subprocess.Popen[str], Path, str]]]:
-    """For each kind a process that runs the script, which all begin at once; the script; and what should be said."""
-    with ExitStack() as running:
-        started = {}
-        for kind in KINDS:
-            directory = tmp_path_factory.mktemp("compiler")
-            cxx, said = compiler(kind, directory)
-            script = directory / "script.py"
-            script.write_text(SCRIPT)
-            environment = {
-                **os.environ,
-                "CXX": str(cxx),
-                "TORCHINDUCTOR_CACHE_DIR": str(directory / "cache"),
-                "PYTHONPATH": os.pathsep.join(sys.path),
-            }
-            process = subprocess.Popen(
-                [sys.executable, str(script)], env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-            )
-            running.enter_context(process)
-            running.callback(process.kill)
-            started[kind] = process, script, said
-        yield started
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Run]]]:
+    """All kinds, two at a time."""
+    pool = ThreadPoolExecutor(2)
+    yield {name: pool.submit(run, kind, tmp_path_factory.mktemp("machine")) for name, kind in KINDS.items()}
+    pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_without_a_working_compiler(kind: str, processes: dict[str, tuple[subprocess.Popen[str], Path, str]]) -> None:
-    process, script, said = processes[kind]
-    printed, complaints = process.communicate(timeout=300)
-    assert process.returncode == 0, complaints[-2000:]
-    report: dict[str, Any] = json.loads(printed.splitlines()[-1])
+@pytest.mark.skipif(os.name == "nt", reason="the compilers are shell scripts")
+@pytest.mark.parametrize("name", KINDS)
+def test_without_compilation(name: str, runs: dict[str, Future[Run]]) -> None:
+    kind, ran = KINDS[name], runs[name].result()
+    if kind.disk is not None and ran.code != 0 and not ran.printed and "Traceback" not in ran.complaints:
+        pytest.skip(f"nothing can be mounted here: {ran.complaints.strip()[-200:]}")
+    assert ran.code == 0, ran.complaints[-3000:]
+    report: dict[str, Any] = json.loads(ran.printed.splitlines()[-1])
 
-    assert [name for name, _ in report["errors"]] == ["RuntimeError"] * 3
+    if kind.may_work and not report["errors"]:
+        assert not report["warnings"]
+        assert report["close"]
+        return
+    assert [name for name, _ in report["errors"]] == ["RuntimeError"] * 2
     for _, message in report["errors"]:
-        assert message.startswith("`compile=True` needs a working C++ toolchain but ")
-        for part in (said, "apt-get install g++", "CXX", "`compile=False`"):
+        assert message.startswith("`compile=True` needs torch.compile to work but ")
+        for part in (kind.cause, *kind.remedy):
             assert part in message
-    assert report["params_untouched"]
-    assert report["state_untouched"]
+    assert report["untouched"]
     assert report["goes_on_without"]
 
     (warning,) = report["warnings"]
-    for part in ("steps without torch.compile", said, "apt-get install g++", "`compile=False`"):
+    for part in ("steps without torch.compile", kind.cause, *kind.remedy, "`compile=False`"):
         assert part in warning
-    assert report["warned_from"] == [str(script)]
-    assert report["same_results"]
+    assert report["warned_from"] == [str(ran.script)]
+    assert report["same"]
+
+
+DISABLED = {
+    "TORCH_COMPILE_DISABLE": Kind("", (), cxx="", environment={"TORCH_COMPILE_DISABLE": "1"}),
+    "TORCHDYNAMO_DISABLE": Kind("", (), cxx="", environment={"TORCHDYNAMO_DISABLE": "1"}),
+    "set_stance": Kind("", (), cxx="", before="torch.compiler.set_stance('force_eager')"),
+}
+
+
+@pytest.mark.parametrize("name", DISABLED)
+def test_switched_off(name: str, tmp_path: Path) -> None:
+    """Whoever has switched torch.compile off need not be told so."""
+    ran = run(DISABLED[name], tmp_path)
+    assert ran.code == 0, ran.complaints[-3000:]
+    report = json.loads(ran.printed.splitlines()[-1])
+    assert report["errors"] == report["warnings"] == []
+    assert report["same"]
+    assert report["graphs"] == 0
+
+
+def test_switched_off_for_a_while(tmp_path: Path) -> None:
+    """And on again: then the compiler is missed, and a step without it is warned of."""
+    body = """
+optimizer, expected, said = Adafactor(make()), Adafactor(make(), compile=False), []
+for stance in ("force_eager", "default"):
+    with torch.compiler.set_stance(stance), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step()
+    expected.step()
+    said.append([str(w.message) for w in caught if "Adafactor" in str(w.message)])
+print(json.dumps([said, same(params_of(optimizer), params_of(expected))]))
+"""
+    ran = run(KINDS["no compiler"], tmp_path, body)
+    assert ran.code == 0, ran.complaints[-3000:]
+    (off, on), same = json.loads(ran.printed.splitlines()[-1])
+    assert same
+    assert off == []
+    assert len(on) == 1
+
+
+# Errors that no machine makes at will -------------------------------------------------------------------------------------
+
+
+def raised(error: BaseException, *causes: BaseException) -> BaseException:
+    for x, cause in zip((error, *causes), causes, strict=False):
+        x.__cause__ = cause
+    return error
+
+
+class CppCompileError(RuntimeError):
+    """As torch calls it."""
+
+    def __init__(self, output: str) -> None:
+        super().__init__("C++ compile error\n\nCommand:\ng++ error.cpp")
+        self.output = output
+
+
+ERRORS = {
+    **{
+        name: (OSError(getattr(errno, name), os.strerror(getattr(errno, name)), "/a/b"), NOT_WRITTEN, NO_CACHE)
+        for name in ("EROFS", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "ENOTDIR", "EEXIST")
+        if hasattr(errno, name)
+    },
+    "further down": (raised(RuntimeError("x"), ValueError("y"), OSError(errno.ENOSPC, "full")), NOT_WRITTEN, NO_CACHE),
+    "a compiler without room": (CppCompileError(f"error: {os.strerror(errno.ENOSPC)}"), NOT_WRITTEN, NO_CACHE),
+    "code on a disk that runs none": (
+        ImportError("x.so: failed to map segment from shared object"),
+        "could not be loaded",
+        NO_CACHE,
+    ),
+    "a compiler's first error": (CppCompileError("In file x\nerror: y\n"), "the C++ compiler failed: error: y", NO_COMPILER),
+    "bytes": (subprocess.CalledProcessError(1, "g++", b"error: \xe9"), "the C++ compiler failed: error: \ufffd", NO_COMPILER),
+    "an encoding": (UnicodeDecodeError("ascii", b"\xe9", 0, 1, "not in range"), "encoding of this locale", ("PYTHONUTF8=1",)),
+    "another file that is missing": (FileNotFoundError(errno.ENOENT, "No such file"), "FileNotFoundError: ", ("VERBOSE",)),
+    "anything": (raised(RuntimeError("x"), KeyError("val")), "a compilation failed: KeyError: 'val'", ("VERBOSE",)),
+    "nothing said": (RuntimeError(), "a compilation failed: RuntimeError", ("VERBOSE",)),
+}
+
+
+@pytest.mark.parametrize("name", ERRORS)
+def test_causes(name: str) -> None:
+    error, expected, remedies = ERRORS[name]
+    cause, remedy = cause_of(error)
+    assert expected in cause
+    assert "\n" not in cause
+    assert all(part in remedy for part in remedies)
+
+
+# Progress and interruption ------------------------------------------------------------------------------------------------
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+class Broken(Terminal):
+    """A terminal that has gone."""
+
+    def write(self, text: str) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+
+class WithoutIsatty:
+    """As some loggers stand in for standard error."""
+
+    def __init__(self) -> None:
+        self.written = ""
+
+    def write(self, text: str) -> None:
+        self.written += text
+
+    def flush(self) -> None:
+        pass
+
+
+def closed(stream: io.StringIO) -> io.StringIO:
+    stream.close()
+    return stream
+
+
+STREAMS = {
+    "None": lambda: None,
+    "closed": lambda: closed(io.StringIO()),
+    "closed terminal": lambda: closed(Terminal()),
+    "without isatty": WithoutIsatty,
+    "broken": Broken,
+    "without anything": object,
+    "terminal": Terminal,
+}
+
+
+@pytest.mark.parametrize("show", [None, True, False])
+@pytest.mark.parametrize("name", STREAMS)
+def test_progress_survives_standard_error(name: str, show: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream: Any = STREAMS[name]()
+    monkeypatch.setattr(sys, "stderr", stream)
+    assert list(progress(["a", "b"], "title", show)) == ["a", "b"]
+    if isinstance(stream, WithoutIsatty):
+        assert bool(stream.written) == (show is True)
+    if type(stream) is Terminal and not stream.closed:
+        assert bool(stream.getvalue()) == (show is not False)
+        assert stream.getvalue().endswith("\x1b[K") or show is False
+
+
+SLEEPING = """#!/bin/sh
+[ "$1" = --version ] && echo "g++ 1.0" && exit 0
+echo > "$0.begun"
+exec sleep 600
+"""
+
+INTERRUPTED = """
+optimizer = Adafactor(make(), **OPTIONS)
+try:
+    optimizer.step()
+except KeyboardInterrupt:
+    interrupted = True
+else:
+    interrupted = False
+report = {"interrupted": interrupted, "untouched": untouched(optimizer)}
+optimizer.param_groups[0]["compile"] = False
+expected = Adafactor(make(), compile=False)
+optimizer.step()
+expected.step()
+report["goes_on"] = same(params_of(optimizer), params_of(expected))
+print(json.dumps(report), flush=True)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the compilers are shell scripts")
+@pytest.mark.parametrize(("whom", "options"), [("all processes", "{}"), ("Python alone", "{'compile': True}")])
+def test_interrupted_first_step(whom: str, options: str, tmp_path: Path) -> None:
+    """Ctrl-C while the C++ compiler runs, which would take minutes more. A terminal sends it to all processes in front."""
+    cxx, script, begun = tmp_path / "g++", tmp_path / "script.py", tmp_path / "g++.begun"
+    cxx.write_text(SLEEPING)
+    cxx.chmod(0o755)
+    script.write_text(COMMON + INTERRUPTED.replace("OPTIONS", options))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXX": str(cxx)}
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
+    with subprocess.Popen(
+        [sys.executable, str(script)],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    ) as process:
+        try:
+            until = time.monotonic() + SECONDS
+            while not begun.exists() and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(0.2)  # the compiler is asleep now
+            (os.killpg if whom == "all processes" else os.kill)(process.pid, signal.SIGINT)
+            printed, complaints = process.communicate(timeout=120)
+        finally:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 0, complaints[-3000:]
+    assert json.loads(printed.splitlines()[-1]) == {"interrupted": True, "untouched": True, "goes_on": True}

@@ -47,7 +47,9 @@ Change = Callable[[list[Tensor], Adafactor], None]
 # What cases are made of ---------------------------------------------------------------------------------------------------
 
 
-def made(path: str, dtype: torch.dtype = torch.float32, before: int = 0, **options: Any) -> tuple[torch.nn.ParameterList, Adafactor]:
+def made(
+    path: str, dtype: torch.dtype = torch.float32, before: int = 0, **options: Any
+) -> tuple[torch.nn.ParameterList, Adafactor]:
     """A model, and an optimizer that has stepped it `before` times."""
     generator = torch.Generator().manual_seed(0)
     model = torch.nn.ParameterList([torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES])
@@ -100,13 +102,10 @@ def assert_same(optimizer: Adafactor, reference: Adafactor, path: str) -> None:
         assert_same_state(state, reference.state[theirs], theirs.dtype, f"parameter {i}")
 
 
-def check_steps(
-    optimizer: Adafactor, path: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext, seed: int = 50
-) -> None:
+def check_steps(optimizer: Adafactor, path: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
     """Two steps that give what the reference gives; `around` is entered for the first of them."""
     for t, context in enumerate([around, nullcontext]):
-        if t or seed >= 0:
-            give_gradients(optimizer, seed + t)
+        give_gradients(optimizer, 50 + t)
         reference = reference_of(optimizer)
         reference.step()
         with context():
@@ -270,7 +269,16 @@ for device in ("meta", "cuda"):
 
 
 FACTORIES = {
-    *(torch.empty, torch.empty_strided, torch.zeros, torch.ones, torch.full, torch.tensor, torch.as_tensor, torch.scalar_tensor),
+    *(
+        torch.empty,
+        torch.empty_strided,
+        torch.zeros,
+        torch.ones,
+        torch.full,
+        torch.tensor,
+        torch.as_tensor,
+        torch.scalar_tensor,
+    ),
     *(torch.arange, torch.linspace, torch.logspace, torch.eye, torch.rand, torch.randn, torch.randint, torch.randperm),
     *(torch.sparse_coo_tensor, torch.tril_indices, torch.triu_indices, torch.hann_window, torch.asarray, torch.from_file),
 }
@@ -314,7 +322,7 @@ for name, of_group in NAMED.items():
 def step_in_fake_mode(path: str) -> None:
     _, optimizer = made(path, before=1)
     give_gradients(optimizer, 50)
-    with unchanged(optimizer), FakeTensorMode(), pytest.raises(Exception, match="Fake|fake"):
+    with unchanged(optimizer), FakeTensorMode(), pytest.raises(Exception, match=r"[Ff]ake"):
         optimizer.step()
     check_steps(optimizer, path)
 
@@ -323,7 +331,7 @@ def step_in_fake_mode(path: str) -> None:
 def first_step_in_fake_mode(path: str) -> None:
     _, optimizer = made(path)
     give_gradients(optimizer, 50)
-    with unchanged(optimizer), FakeTensorMode(), pytest.raises(Exception, match="Fake|fake"):
+    with unchanged(optimizer), FakeTensorMode(), pytest.raises(Exception, match=r"[Ff]ake"):
         optimizer.step()
     check_steps(optimizer, path)
 
@@ -432,7 +440,9 @@ GRADIENTS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     "negative bit alone": contiguous_negative,
     "expanded from a number": lambda shape, generator: torch.randn((), generator=generator).expand(shape),
     "expanded rows": lambda shape, generator: torch.randn(shape[-1:], generator=generator).expand(shape),
-    "expanded columns": lambda shape, generator: torch.randn((*shape[:-1], 1)[len(shape) == 0 :], generator=generator).expand(shape),
+    "expanded columns": lambda shape, generator: torch.randn((*shape[:-1], 1)[len(shape) == 0 :], generator=generator).expand(
+        shape
+    ),
     "overlapping": overlapping,
     "odd addresses": odd,
 }
@@ -481,26 +491,8 @@ def refuse_gradients(path: str) -> None:
 # Threads ------------------------------------------------------------------------------------------------------------------
 
 
-@case("threads", "another number of threads in each step")
-def change_threads(path: str) -> None:
-    _, optimizer = made(path)
-    threads = torch.get_num_threads()
-    try:
-        for t, count in enumerate([1, 2, 3, 1]):
-            torch.set_num_threads(count)
-            give_gradients(optimizer, t)
-            reference = reference_of(optimizer)
-            reference.step()
-            optimizer.step()
-            assert_same(optimizer, reference, path)
-    finally:
-        torch.set_num_threads(threads)
-
-
-def step_in_threads(path: str, count: int, warm: bool) -> None:
-    """Threads whose optimizers begin at once."""
-    if warm:
-        check_steps(made(path)[1], path)
+def step_in_threads(path: str, count: int) -> None:
+    """Threads whose optimizers begin at once; the first such case of a process compiles in all of them."""
     gate, failures = threading.Barrier(count), []
 
     def run() -> None:
@@ -520,10 +512,24 @@ def step_in_threads(path: str, count: int, warm: bool) -> None:
     assert not failures, "\n".join(failures)
 
 
-for warm in (False, True):
-    for count in (2, 6):
-        of_threads = functools.partial(step_in_threads, count=count, warm=warm)
-        case(f"threads, {warm}", f"{count} threads{', compiled before' * warm}")(of_threads)
+case("two threads", "2 threads")(functools.partial(step_in_threads, count=2))
+case("threads", "6 threads")(functools.partial(step_in_threads, count=6))
+
+
+@case("threads", "another number of threads in each step")
+def change_threads(path: str) -> None:
+    _, optimizer = made(path)
+    threads = torch.get_num_threads()
+    try:
+        for t, count in enumerate([1, 2, 1]):
+            torch.set_num_threads(count)
+            give_gradients(optimizer, t)
+            reference = reference_of(optimizer)
+            reference.step()
+            optimizer.step()
+            assert_same(optimizer, reference, path)
+    finally:
+        torch.set_num_threads(threads)
 
 
 # Forks --------------------------------------------------------------------------------------------------------------------

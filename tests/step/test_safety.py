@@ -18,7 +18,12 @@ import safety_cases
 
 SECONDS = 600  # that a process may take, on however busy a machine
 ENVIRONMENT = {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_WAIT_POLICY": "PASSIVE"}
-JOBS = [(process, f"{name}:{path}") for process in safety_cases.CASES for name in safety_cases.CASES[process] for path in safety_cases.PATHS]
+JOBS = [
+    (process, f"{name}:{path}")
+    for process in safety_cases.CASES
+    for name in safety_cases.CASES[process]
+    for path in safety_cases.PATHS
+]
 
 
 @functools.cache
