@@ -25,11 +25,10 @@ import torch
 from _contenders import CONTENDERS, make_params
 from _networks import NETWORKS, by_shape
 from _shared import COLORS, compare, figures, markdown_table, parser, run_profile
-from step_time import ROWS, Row
-from torch.autograd.profiler_util import FunctionEvent
-
 from adafactor_compiled._ranges import CLASS, PASS
 from adafactor_compiled._shape_class import JOINED_NUMEL
+from step_time import ROWS, Row
+from torch.autograd.profiler_util import FunctionEvent
 
 DEFAULT = ["gpt2", "lora-8b", "resnet50"]
 SHOWN = 10  # classes of a list that are shown on their own

@@ -55,11 +55,12 @@ def options() -> dict[str, Callable[[Nodes], Nodes]]:
 
 def _loops_of(node: BaseSchedulerNode) -> list[Loops]:
     nests = node.outer_fused_nodes if isinstance(node, OuterLoopFusedSchedulerNode) else [node]
-    return [nest.group[1] for nest in nests if hasattr(nest, "group")]  # what only stands for memory has none
+    # What only stands for memory has no group.
+    return [(loops, summed) for loops, summed in (nest.group[1] for nest in nests if hasattr(nest, "group"))]
 
 
 def _blocks_of(all_loops: Collection[Loops]) -> list[tuple[Any, ...]]:
-    """Of each member, the sizes of the loops over blocks: around sums over rows, (..., n, B | C), and columns, (..., n, C | B)."""
+    """Of each member the sizes of its loops over blocks: around sums of rows, (..., n, B | C), and columns, (..., n, C | B)."""
     return [
         loops[:-1]
         for loops, summed in all_loops

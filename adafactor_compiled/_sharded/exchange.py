@@ -16,8 +16,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
 from adafactor_compiled._state.options import wants_rounding
+from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
 
 Shape = tuple[int, ...]
 

@@ -39,7 +39,8 @@ def _blocking(shape: Shape, compiled: bool) -> Blocking:
     """Blocks are small enough to stay in cache between two reads, where that is what a compiled pass makes of them."""
     if compiled:
         return blocking_of(shape)
-    return Blocking(math.prod(shape[:-2]), *shape[-2:], shape[-2], True, 0, 0)
+    *lead, rows, columns = shape
+    return Blocking(math.prod(lead), rows, columns, rows, True, 0, 0)
 
 
 def _sizes(blocking: Blocking) -> Shape:
@@ -105,7 +106,9 @@ class Piece:
         x, (slices, rows, columns) = self.x, self.blocking[:3]
         if self.blocking.whole:
             sizes = _sizes(self.blocking)
-            weighted: Tensor = self.run(pieces.weighted_rows, sizes, self._p_and_g()[1], col.reshape(*sizes[:-3], columns), x.table)
+            weighted: Tensor = self.run(
+                pieces.weighted_rows, sizes, self._p_and_g()[1], col.reshape(*sizes[:-3], columns), x.table
+            )
         else:
             g, col = x.g.view(slices, rows, columns), col.reshape(slices, columns)
             weighted = x.table.new_zeros(slices, rows)

@@ -193,7 +193,7 @@ class _Matrix(_Piece):
         self.measured(measured)
 
     def factors(self) -> tuple[Factors, Tensor]:
-        """What turns the gradient into a step, and both RMS; brings the averages of this piece up to date, the rows in `x.row`."""
+        """What turns the gradient into a step, and both RMS; brings the averages of this piece up to date, rows in `x.row`."""
         return finish(self.averages(), self.summed("param_sq"), self.x.col, self.table, self.numel)
 
     def averages(self) -> Averages:
@@ -283,9 +283,7 @@ class _Vector(_Piece):
     def finish(self) -> None:
         sums = self.summed("param_sq"), self.summed("update_sq")
         pieces = self.p, self.g, self.exp_avg_sq, self.exp_avg
-        self.measured(
-            self.run(vectors.apply_vector, self.shape, *pieces, *sums, self.table, self.job.draws, self.numel)
-        )
+        self.measured(self.run(vectors.apply_vector, self.shape, *pieces, *sums, self.table, self.job.draws, self.numel))
 
 
 def _can_compile_vector(p: Tensor, g: Tensor) -> bool:

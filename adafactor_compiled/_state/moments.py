@@ -61,13 +61,15 @@ def complete(state: State, param: Tensor, group: Group) -> None:
 def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:
     """The tensor itself, where it fits; zeros for none, and for one that never had memory."""
     dtype, shape = compute_dtype(param.dtype), [param.shape[dim] for dim in dims]
+    fits = isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device
     if isinstance(param, DTensor) and key != "RMS":
-        fits = isinstance(value, DTensor) and value.dtype == dtype and value.device == param.device
-        return value if fits else placements.zeros(param, dims, dtype) if value is None else placements.placed(value, param, dims, dtype)
+        if value is None:
+            return placements.zeros(param, dims, dtype)
+        return value if fits and isinstance(value, DTensor) else placements.placed(value, param, dims, dtype)
     stride = param.stride() if key == "exp_avg" else contiguous_stride(tuple(shape))  # a momentum is laid out as its parameter
-    if isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device:
-        if same_layout(tuple(shape), value.stride(), stride):
-            return value
+    if fits and same_layout(tuple(shape), value.stride(), stride):
+        kept: Tensor = value
+        return kept
     if key == "exp_avg":
         new = torch.zeros_like(param, dtype=dtype, requires_grad=False)
     else:

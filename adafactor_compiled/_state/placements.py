@@ -137,7 +137,11 @@ def _window(param: DTensor, dim: int) -> slice | None:
     if dim not in split_dims(param).values():
         return slice(0, param.shape[dim])
     placements = [_moved(x, 0) if is_split(x) and x.dim % ndim == dim else Replicate() for x in param.placements]  # type: ignore[attr-defined]
-    indices = distribute_tensor(torch.arange(param.shape[dim], device="cpu"), mesh, placements, src_data_rank=None).to_local().tolist()
+    indices = (
+        distribute_tensor(torch.arange(param.shape[dim], device="cpu"), mesh, placements, src_data_rank=None)
+        .to_local()
+        .tolist()
+    )
     if not indices:
         return slice(0, 0)
     window = slice(indices[0], indices[0] + len(indices))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -135,11 +135,12 @@ def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
     if call.keys and call.keys[0].k > k:
         if not call.stand_ins:
             call.stand_ins.append(example_of(call.keys[0], tiny=True)[0])
-        for own, others in zip(lists, call.stand_ins[0], strict=False):
-            own += others[k:]
+        for own, others in zip(lists, call.stand_ins[0][: len(lists)], strict=True):
+            own += cast(list[Tensor], others)[k:]
         k = call.keys[0].k
     draws = tables.draws(call.positions, k, call.routes[0].transposed) if of.rounding else None
-    return Members(*lists, tables.of(call.positions, k), draws)
+    table = tables.of(call.positions, k)
+    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws)
 
 
 def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:

@@ -12,8 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from adafactor_compiled._state.options import Group
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.options import Group
 
 
 def lr_to_tensor(group: Group) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +9,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._compile.passes import Pass
+from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
 from adafactor_compiled._state.moments import check, complete
@@ -21,7 +20,6 @@ from adafactor_compiled._step.calls import Call, calls_inline, calls_of
 from adafactor_compiled._step.routes import SHORT, route_of
 from adafactor_compiled._step.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._update import padded
-
 
 STRIDED = torch.strided
 

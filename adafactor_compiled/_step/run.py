@@ -35,7 +35,7 @@ class Record(NamedTuple):
 
 
 def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> Record:
-    """Step all entries in place; `compiles` says whether what is to be compiled runs compiled, by itself or as part of a graph."""
+    """Step all entries in place; `compiles`: whether what is to be compiled runs compiled, by itself or as part of a graph."""
     kept = kept_of(entries, plan.update_rms)
     count_step(entries)
     tables = Tables(tables_of(entries), _draws_of(entries))
@@ -72,7 +72,9 @@ def _keep_measured(measured: list[tuple[Sequence[int], Tensor]], plan: Plan, ent
     """Put the RMS of parameters and updates, each [2, k or more], where they are kept: one copy a device."""
     for of_device in group_by_key(x.device for _, x in measured).values():
         rms, update_rms = (x.unbind() for x in torch.cat([measured[j][1] for j in of_device], 1).unbind())
-        to, new, start = [], [], 0
+        to: list[Tensor] = []
+        new: list[Tensor] = []
+        start = 0
         for positions, x in (measured[j] for j in of_device):
             stop = start + len(positions)
             to += [entries[i].state["RMS"] for i in positions] + [plan.update_rms[i] for i in positions]
@@ -105,7 +107,7 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
 def steps_one_by_one(of: ShapeClass) -> bool:
     """Whether eager operations go through one parameter after the other, and not each through all of a class.
 
-    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back there. Elsewhere a launch is dear.
+    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back. Elsewhere a launch is dear.
     """
     return of.device.type == "cpu" and not torch.compiler.is_compiling()
 

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._state.options import Group
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.options import Group
 
 
 def wanted(groups: Sequence[Group]) -> bool:

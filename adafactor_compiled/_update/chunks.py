@@ -82,13 +82,11 @@ def step_kernels(x: Member, run: Run) -> Tensor:
     for at, sizes in _parts_of_kernels(tuple(x.p.shape)):
         as_vector = p[at].view(rows_of(p[at].numel()))
         sums += run(kernel_statistics, sizes, as_vector, g[at].view(-1, rows, columns), row[at], col[at], x.table)
-    measured = sums
+    measured: Tensor = sums
     for at, sizes in _parts_of_kernels(tuple(x.p.shape)):
         of_exp_avg = None if exp_avg is None else exp_avg[at]
         draws = None if x.draws is None else draws_from(x.draws, at.start, 0)
-        measured = run(
-            apply_kernels, sizes, p[at], g[at], row[at], col[at], of_exp_avg, sums, x.table, draws, numel
-        )
+        measured = run(apply_kernels, sizes, p[at], g[at], row[at], col[at], of_exp_avg, sums, x.table, draws, numel)
     return measured
 
 

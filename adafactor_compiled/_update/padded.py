@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import DRAWS, FIRST, noise_of_vectors, write
 
 BLOCK = 64
@@ -68,9 +68,7 @@ def room_of(members: Members) -> Room:
     exp_avgs, of_avgs = _blocks_like(members.exp_avgs) if members.exp_avgs else (None, [])
     places = _places_of([x.numel() for x in members.params], params.device)
     outputs = [*of_params, *of_sqs, *of_avgs]
-    return Room(
-        Padded(params, grads, exp_avg_sqs, exp_avgs), places, [*of_params, *of_grads, *of_sqs, *of_avgs], outputs
-    )
+    return Room(Padded(params, grads, exp_avg_sqs, exp_avgs), places, [*of_params, *of_grads, *of_sqs, *of_avgs], outputs)
 
 
 def _blocks_like(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:

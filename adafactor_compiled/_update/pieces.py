@@ -31,7 +31,7 @@ def plain_sums(p: Tensor, g: Tensor, table: Tensor) -> PlainSums:
 
 
 def weighted_rows(g: Tensor, col: Tensor, table: Tensor) -> Tensor:
-    """For each row, shape [..., n, B], the sum of gradient^2 / column average: a read of g, [..., n, B, C], and of col, [..., C]."""
+    """For each row, [..., n, B], the sum of gradient^2 / column average: a read of g, [..., n, B, C], and col, [..., C]."""
     weight = materialize(1.0 / col).unsqueeze(-2).unsqueeze(-2)
     return (g.to(table.dtype).square() * weight).sum(-1)
 

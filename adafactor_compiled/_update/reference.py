@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._update.numbers import unscaled_lr
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._update.numbers import unscaled_lr
 from adafactor_compiled._update.rounding import noise_of, write
 
 

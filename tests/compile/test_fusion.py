@@ -7,14 +7,14 @@ from typing import Any
 
 import pytest
 import torch
+from adafactor_compiled._blocked import materialize
+from adafactor_compiled._direct import Direct
+from adafactor_compiled._numbers import Numbers
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
 from adafactor_compiled import _blocked, _fusion
-from adafactor_compiled._blocked import materialize
 from adafactor_compiled._compile import CPU_OPTIONS
-from adafactor_compiled._direct import Direct
-from adafactor_compiled._numbers import Numbers
 
 
 class Scheduled(Exception):

@@ -87,7 +87,11 @@ def test_short_vectors_are_stepped_as_one_and_reported_by_their_shapes():
     optimizer = Adafactor(params, compile=False)
     set_gradients(params, 0)
     plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
-    assert [len(part.positions) for part in plan.all_eager] == [len(params) - 2, 1, 1]  # but for a long one and one with a stride
+    assert [len(part.positions) for part in plan.all_eager] == [
+        len(params) - 2,
+        1,
+        1,
+    ]  # but for a long one and one with a stride
     assert len(plan.parts) == len({(p.shape, p.stride()) for p in params}) == len(optimizer.summary().classes)
 
 
