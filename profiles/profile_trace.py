@@ -1,9 +1,10 @@
-"""Where the time of one compiled step goes, by shape class and pass, and how far each class is from the machine's bandwidth.
+"""Where the time of one compiled step goes, by compiled call, and how far the calls are from the machine's bandwidth.
 
-The steps run under torch's profiler, in which the package names its shape classes and compiled passes. The bytes that a class
-must move (of a matrix, parameter and gradient read twice and the parameter written; of a vector, read once and written; state
-read and written) over its time stand beside what the machine reaches in a copy and in a read. A matrix that fits in the last
-cache is read from memory once and the second time from there, so that it may exceed the memory's bandwidth.
+The steps run under torch's profiler, in which the package names its calls for the first of their members: "64x64 float32
+step_small_matrices". Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient
+read twice and the parameter written; of a vector, read once and written; state read and written) over their time stand beside
+what the machine reaches in a copy and in a read. A matrix that fits in the last cache is read from memory once and the second
+time from there, so that it may exceed the memory's bandwidth.
 
 The last step is also written as a trace, NAME.trace.json.gz, for https://ui.perfetto.dev or chrome://tracing.
 """
@@ -14,7 +15,6 @@ import argparse
 import gc
 import gzip
 import json
-import math
 import statistics
 import tempfile
 from collections.abc import Iterator
@@ -25,16 +25,18 @@ import torch
 from _contenders import CONTENDERS, make_params
 from _networks import NETWORKS, by_shape
 from _shared import COLORS, compare, figures, markdown_table, parser, run_profile
-from adafactor_compiled._ranges import CLASS, PASS
-from adafactor_compiled._shape_class import JOINED_NUMEL
 from step_time import ROWS, Row
 from torch.autograd.profiler_util import FunctionEvent
+from torch.optim import Optimizer
+
+from adafactor_compiled._state.entries import Entry, entries_of
+from adafactor_compiled._step.plan import plan_of
+from adafactor_compiled._step.ranges import NAME, range_of_call, range_of_part
 
 DEFAULT = ["gpt2", "lora-8b", "resnet50"]
-SHOWN = 10  # classes of a list that are shown on their own
-BETWEEN = "between passes"
+SHOWN = 10  # names of a list that are shown on their own
 MACHINE = {"read_memory": "-", "copy_memory": "--", "read_cache": ":"}  # bandwidths, and their lines in the picture
-OUTSIDE = "outside of the classes"
+OUTSIDE = "outside of the calls"
 MEMORY_NUMEL, CACHE_NUMEL = 1 << 27, 1 << 20  # 512 MB and 4 MB of float32
 
 
@@ -50,41 +52,41 @@ def bandwidth(rounds: int) -> dict[str, float]:
     return result
 
 
-def bytes_of_class(name: str, row: Row) -> int:
-    """What a step must move for a range "Adafactor class: 12 x 768x3072 float32 compiled": see the top of this script."""
-    members, _, text, *_ = name.removeprefix(CLASS).split()
-    if text == "vectors":  # all short ones of the list
-        sizes = [math.prod(shape) for shape in NETWORKS[row.network]() if len(shape) < 2]
-        members, text = "1", str(sum(size for size in sizes if size <= JOINED_NUMEL))
-    shape = [] if text == "scalar" else [int(size) for size in text.split("x")]
-    numel, state_size = math.prod(shape), 4  # the lists' state is float32
-    if len(shape) >= 2:
-        moved = 5 * numel * row.dtype.itemsize
-        second_moments = numel // shape[-1] + numel // shape[-2]
-    else:
-        moved = 3 * numel * row.dtype.itemsize
-        second_moments = numel
-    momentum = numel if row.beta1 is not None else 0
-    return int(members) * (moved + 2 * state_size * (second_moments + momentum))
+def name_of(of_range: str) -> str:
+    """`64x64 float32 step_small_matrices` of `Adafactor: 8 x 64x64 float32 step_small_matrices`."""
+    return of_range.removeprefix(NAME).split(" ", 2)[2]
 
 
-def times_of_step(events: list[FunctionEvent]) -> dict[str, dict[str, float]]:
-    """Milliseconds by class and pass; what is in no class under OUTSIDE, in no pass under BETWEEN."""
+def bytes_of(entry: Entry) -> int:
+    """What a step must move for a parameter: see the top of this script."""
+    state = sum(x.nbytes for name, x in entry.state.items() if name.startswith("exp_avg"))
+    return (5 if entry.param.ndim >= 2 else 3) * entry.param.nbytes + 2 * state
+
+
+def calls_by_name(optimizer: Optimizer) -> dict[str, dict[str, int]]:
+    """How many calls of a name a compiled step makes, the number of their members, and the bytes that these must move."""
+    entries = entries_of(optimizer.param_groups, optimizer.state)
+    plan = plan_of(entries, None)
+    ranges: list[tuple[Any, list[int]]] = [(range_of_call(call), call.positions) for call in plan.calls]
+    ranges += [(range_of_part(part), part.positions) for part in plan.eager]
+    result: dict[str, dict[str, int]] = {}
+    for named, positions in ranges:
+        total = result.setdefault(name_of(named.name), {"calls": 0, "members": 0, "bytes": 0})
+        total["calls"] += 1
+        total["members"] += len(positions)
+        total["bytes"] += sum(bytes_of(entries[i]) for i in positions)
+    return result
+
+
+def times_of_step(events: list[FunctionEvent]) -> dict[str, float]:
+    """Milliseconds by name; what is in no call under OUTSIDE."""
     whole = next(event for event in events if event.name.startswith("Optimizer.step#"))
-    result: dict[str, dict[str, float]] = {OUTSIDE: {BETWEEN: whole.time_range.elapsed_us() / 1e3}}
-    classes = [event for event in events if event.name.startswith(CLASS)]
-    passes = [event for event in events if event.name.startswith(PASS)]
-    for of_class in classes:
-        start, end = of_class.time_range.start, of_class.time_range.end
-        elapsed = of_class.time_range.elapsed_us() / 1e3
-        times = result.setdefault(of_class.name, {BETWEEN: 0.0})
-        times[BETWEEN] += elapsed
-        result[OUTSIDE][BETWEEN] -= elapsed
-        for event in passes:
-            if start <= event.time_range.start and event.time_range.end <= end:
-                name, ms = event.name.removeprefix(PASS), event.time_range.elapsed_us() / 1e3
-                times[name] = times.get(name, 0.0) + ms
-                times[BETWEEN] -= ms
+    result = {OUTSIDE: whole.time_range.elapsed_us() / 1e3}
+    for event in events:
+        if event.name.startswith(NAME):
+            name, ms = name_of(event.name), event.time_range.elapsed_us() / 1e3
+            result[name] = result.get(name, 0.0) + ms
+            result[OUTSIDE] -= ms
     return result
 
 
@@ -109,11 +111,8 @@ def measure_row(name: str, row: Row, rounds: int, directory: Path) -> dict[str, 
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             optimizer.step()
         steps.append(times_of_step(list(profiler.events())))
-    classes = {}
-    for key, passes in steps[0].items():
-        ms = {name: statistics.median(step[key].get(name, 0.0) for step in steps) for name in passes}
-        moved = 0 if key == OUTSIDE else bytes_of_class(key, row)
-        classes[key.removeprefix(CLASS)] = {"ms": sum(ms.values()), "passes_ms": ms, "bytes": moved}
+    calls = {OUTSIDE: {"calls": 0, "members": 0, "bytes": 0}, **calls_by_name(optimizer)}
+    measured = {name: {"ms": statistics.median(step[name] for step in steps), **of_name} for name, of_name in calls.items()}
     trace = export(profiler, directory / f"{name}.trace.json.gz")
     print(f"{row.title}: {plain} a step; wrote {trace}, {trace.stat().st_size / 1e3:.0f} KB", flush=True)
     return {
@@ -122,8 +121,8 @@ def measure_row(name: str, row: Row, rounds: int, directory: Path) -> dict[str, 
         "dtype": row.dtype,
         "beta1": row.beta1,
         "step_ms": plain,
-        "profiled_step_ms": sum(times["ms"] for times in classes.values()),
-        "classes": classes,
+        "profiled_step_ms": sum(of_name["ms"] for of_name in measured.values()),
+        "calls": measured,
     }
 
 
@@ -138,28 +137,22 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 
 def shown(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The classes that take longest, the others together, and what is outside of the classes."""
-    classes = dict(row["classes"])
-    outside = (OUTSIDE, classes.pop(OUTSIDE))
-    ranked = sorted(classes.items(), key=lambda item: -item[1]["ms"])
+    """The names that take longest, the others together, and what is outside of the calls."""
+    calls = dict(row["calls"])
+    outside = (OUTSIDE, calls.pop(OUTSIDE))
+    ranked = sorted(calls.items(), key=lambda item: -item[1]["ms"])
     rest = [measured for _, measured in ranked[SHOWN:]]
-    if not rest:
-        return [*ranked, outside]
-    passes: dict[str, float] = {}
-    for measured in rest:
-        for name, ms in measured["passes_ms"].items():
-            passes[name] = passes.get(name, 0.0) + ms
-    together = {"ms": sum(passes.values()), "passes_ms": passes, "bytes": sum(measured["bytes"] for measured in rest)}
-    return [*ranked[:SHOWN], (f"{len(rest)} other classes", together), outside]
+    together = {key: sum(measured[key] for measured in rest) for key in outside[1]}
+    return [*ranked[:SHOWN], *([(f"{len(rest)} other names", together)] if rest else []), outside]
 
 
 def rate(measured: dict[str, Any]) -> float | None:
-    """GB/s of the bytes that a class must move; None outside of the classes."""
+    """GB/s of the bytes that calls must move; None outside of the calls."""
     return measured["bytes"] / measured["ms"] / 1e6 if measured["bytes"] else None
 
 
 def table(result: dict[str, Any]) -> str:
-    """Bandwidths, then for each list its classes, with a line for each pass of a class."""
+    """Bandwidths, then for each list a line for each name."""
     reached = result["gigabytes_per_second"]
     text = [
         "GB/s of this machine: "
@@ -169,51 +162,43 @@ def table(result: dict[str, Any]) -> str:
         lines = []
         whole = row["profiled_step_ms"]
         for name, measured in shown(row):
-            passes = measured["passes_ms"] if measured["bytes"] else {}
             gigabytes = rate(measured)
-            cells = [f"{measured['ms']:.2f}", f"{100 * measured['ms'] / whole:.1f}", f"{gigabytes:.1f}" if gigabytes else "-"]
-            lines.append([name, "all", *cells])
-            lines += [["", key, f"{ms:.2f}", f"{100 * ms / whole:.1f}", ""] for key, ms in passes.items()]
+            counts = [str(measured[key] or "-") for key in ("calls", "members")]
+            times = [f"{measured['ms']:.2f}", f"{100 * measured['ms'] / whole:.1f}"]
+            lines.append([name, *counts, *times, f"{gigabytes:.1f}" if gigabytes else "-"])
         text.append(f"{row['title']}: {row['step_ms']['median']:.1f} ms a step, {whole:.1f} under the profiler")
-        text.append(markdown_table(["members x shape", "pass", "ms", "%", "GB/s"], lines))
+        text.append(markdown_table(["first member and function", "calls", "members", "ms", "%", "GB/s"], lines))
     return "\n\n".join(text)
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Left: time of each class, by pass. Right: bytes that it must move over that time, beside the machine's bandwidths."""
+    """Left: time by name. Right: bytes that must be moved over that time, beside the machine's bandwidths."""
     rows = list(result["rows"].values())
     heights = [len(shown(row)) for row in rows]
     figure, axes = figures().subplots(
         len(rows), 2, figsize=(12, 1.2 + 0.34 * sum(heights) + 0.7 * len(rows)), height_ratios=heights, squeeze=False
     )
-    names = list(dict.fromkeys(p for row in rows for measured in row["classes"].values() for p in measured["passes_ms"]))
-    palette = dict(zip((name for name in names if name != BETWEEN), COLORS.values(), strict=False))
     for (left, right), row in zip(axes, rows, strict=True):
-        classes = shown(row)
-        at = range(len(classes))
-        for y, (_, measured) in enumerate(classes):
-            start = 0.0
-            for name, ms in measured["passes_ms"].items():
-                left.barh(y, ms, 0.75, left=start, color=palette.get(name, "#c8c8c8"))
-                start += ms
+        calls = shown(row)
+        for y, (name, measured) in enumerate(calls):
+            left.barh(y, measured["ms"], 0.75, color="#c8c8c8" if name == OUTSIDE else COLORS["compiled"])
             gigabytes = rate(measured)
             if gigabytes is not None:
                 right.barh(y, gigabytes, 0.75, color=COLORS["compiled"])
                 right.annotate(f"{gigabytes:.1f}", (gigabytes, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
-        left.set_yticks(at, [name.removesuffix(" compiled") for name, _ in classes], fontsize=8)
+        left.set_yticks(range(len(calls)), [name for name, _ in calls], fontsize=8)
         right.set_yticks([])
         left.set(xlabel="ms of a step", title=f"{row['title']}, {row['profiled_step_ms']:.1f} ms under the profiler")
-        right.set(xlabel="GB/s of the bytes that a class must move", title="Bandwidth reached")
+        right.set(xlabel="GB/s of the bytes that calls must move", title="Bandwidth reached")
         lines = [
             right.axvline(result["gigabytes_per_second"][name], color="black", linewidth=1.2, linestyle=style, zorder=0)
             for name, style in MACHINE.items()
         ]
         for ax in (left, right):
-            ax.set_ylim(len(classes) - 0.5, -0.5)
+            ax.set_ylim(len(calls) - 0.5, -0.5)
             ax.grid(visible=False, axis="y")
-    handles = [figures().Rectangle((0, 0), 1, 1, color=palette.get(name, "#c8c8c8")) for name in names]
     reached = [f"torch's best {name.replace('_', ' in ')}" for name in MACHINE]
-    figure.legend([*handles, *lines], [*names, *reached], loc="outside lower center", ncols=4)
+    figure.legend(lines, reached, loc="outside lower center", ncols=3)
     return figure
 
 

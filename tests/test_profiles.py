@@ -2,6 +2,7 @@
 
 import io
 import json
+import math
 import os
 import runpy
 import subprocess
@@ -17,7 +18,7 @@ from adafactor_compiled import Adafactor
 
 ROOT = Path(__file__).resolve().parents[1]
 PROFILES = ROOT / "profiles"
-NO_PROFILE = "train_fsdp.py"  # a script of the README, which measures nothing; tests/distributed runs it
+NO_PROFILE = "train_fsdp.py"  # a script of the README, which measures nothing; tests/sharded runs it
 SCRIPTS = sorted({path.name for path in PROFILES.glob("[!_]*.py")} - {NO_PROFILE})
 
 
@@ -149,7 +150,10 @@ def test_main_job_is_deterministic(tmp_path):
         assert printed.stderr.count("[") == 0  # no progress bar where there is no terminal
         assert "| Adafactor, compiled" in printed.stdout
         assert (directory / "train.png").stat().st_size > 10_000
-        results.append(json.loads((directory / "train.json").read_text(encoding="utf-8"))["runs"])
+        result = json.loads((directory / "train.json").read_text(encoding="utf-8"))
+        assert f"{result['graphs_compiled']} graphs were compiled" in printed.stdout
+        assert result["graphs_compiled"] > 0
+        results.append(result["runs"])
     first, second = results
     assert len(first) == 4
     for name, one in first.items():
@@ -162,8 +166,29 @@ def test_main_job_is_deterministic(tmp_path):
     assert compiled["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
 
 
-@pytest.mark.parametrize(("chosen", "path"), [({"compile": False}, "multi_tensor"), ({}, "compiled")])
-def test_a_profiler_sees_the_classes_of_a_step(chosen, path):
+def test_first_steps_are_phases_of_one_case(shared, monkeypatch):
+    import compile_time
+
+    caches = []
+
+    def first_step(network, optimizer, temporary):
+        caches.append((network, temporary))
+        return {"seconds": 2.0, "graphs": 4, "found_in_cache": len(caches) - 1}
+
+    monkeypatch.setattr(compile_time, "first_step", first_step)
+    case = compile_time.measure_case(compile_time.Case("widths24", "adafactor", "gpt2"))
+    networks, directories = zip(*caches, strict=True)
+    assert networks == ("widths24", "widths24", "gpt2", "widths24")  # cold, warm, another network, unseen
+    assert directories[0] == directories[1] != directories[2] == directories[3]
+    assert "3 of 4" in compile_time.table({"most_seconds": compile_time.MOST_SECONDS, "cases": [case]})
+
+
+EAGER = ["1 x 2x3 float32 multi_tensor", "1 x 5 float32 multi_tensor", "2 x 4x3 float32 multi_tensor"]
+COMPILED = ["1 x 5 float32 step_vectors", "3 x 4x3 float32 step_small_matrices"]
+
+
+@pytest.mark.parametrize(("chosen", "names"), [({"compile": False}, EAGER), ({}, COMPILED)], ids=["eager", "compiled"])
+def test_a_profiler_sees_the_calls_of_a_step(chosen, names):
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (2, 3), (4, 3), (5,))]
     for param in params:
         param.grad = torch.ones_like(param)
@@ -173,8 +198,28 @@ def test_a_profiler_sees_the_classes_of_a_step(chosen, path):
         torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler,
     ):
         optimizer.step()
-    named = sorted(event.name for event in profiler.events() if event.name.startswith("Adafactor class: "))
-    assert named == [f"Adafactor class: {members} float32 {path}" for members in ("1 x 2x3", "1 x vectors", "2 x 4x3")]
+    named = sorted(event.name for event in profiler.events() if event.name.startswith("Adafactor: "))
+    assert named == [f"Adafactor: {name}" for name in names]
+
+
+def test_trace_sums_what_calls_of_one_name_cost(shared, tmp_path):
+    import profile_trace
+
+    with compiled_by(uncompiled):
+        row = profile_trace.measure_row("widths24", profile_trace.ROWS["widths24"], 1, tmp_path)
+    calls = row["calls"]
+    assert sum(of_name["members"] for of_name in calls.values()) == 48
+    assert all(of_name["ms"] > 0 for of_name in calls.values())
+    shapes = profile_trace.NETWORKS["widths24"]()
+    moved = sum(5 * math.prod(shape) + (2 * sum(shape) if len(shape) == 2 else 0) for shape in shapes)  # see profile_trace.py
+    assert sum(of_name["bytes"] for of_name in calls.values()) == 4 * moved
+    assert (tmp_path / "widths24.trace.json.gz").exists()
+
+    reached = dict.fromkeys(("copy_memory", "read_memory", "copy_cache", "read_cache"), 10.0)
+    shared.write_result("trace", {"gigabytes_per_second": reached, "rows": {"widths24": row}}, tmp_path)
+    result = shared.read_result("trace", tmp_path)
+    assert "float32 step_vectors" in profile_trace.table(result)
+    assert shared.save_figure(profile_trace.draw(result), "trace", tmp_path).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
