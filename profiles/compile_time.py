@@ -88,7 +88,7 @@ def name_of(case: dict[str, Any]) -> str:
 
 
 def table(result: dict[str, Any]) -> str:
-    """Seconds of the first step in a fresh process, and how many graphs it needed."""
+    """Seconds of the first step in a fresh process, and how many graphs it needed, the probe included."""
     kinds = list(MOST_SECONDS)
     rows = [
         [

@@ -61,11 +61,12 @@ def _loops_of(node: BaseSchedulerNode) -> list[Loops]:
 
 def _blocks_of(all_loops: Collection[Loops]) -> list[tuple[Any, ...]]:
     """Of each member the sizes of its loops over blocks: around sums of rows, (..., n, B | C), and columns, (..., n, C | B)."""
-    return [
+    both = [
         loops[:-1]
         for loops, summed in all_loops
         if len(loops) > 1 and len(summed) == 1 and ((*loops[:-1], *summed), loops[-1:]) in all_loops
     ]
+    return list(dict.fromkeys(both))
 
 
 def _join(nodes: Nodes, blocks: tuple[Any, ...]) -> Nodes:

@@ -1,55 +1,66 @@
-"""One loop over blocks: where it is made, and where it would be wrong."""
+"""One loop over blocks: where it is made, where it would be wrong, and what happens where it cannot be made."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from adafactor_compiled._blocked import materialize
-from adafactor_compiled._direct import Direct
-from adafactor_compiled._numbers import Numbers
 from torch import Tensor
 from torch._inductor.utils import fresh_cache
 
-from adafactor_compiled import _blocked, _fusion
-from adafactor_compiled._compile import CPU_OPTIONS
+from adafactor_compiled._compile import fusion, options
+from adafactor_compiled._compile.examples import Pass, example_of
+from adafactor_compiled._compile.passes import pass_of
+from adafactor_compiled._update import matrices
+from adafactor_compiled._update.matrices import materialize
 
 
-class Scheduled(Exception):
-    pass
+@pytest.fixture(autouse=True)
+def nothing_cached() -> Iterator[None]:
+    torch._dynamo.reset()
+    with fresh_cache(), torch.no_grad():
+        yield
 
 
-def compile_pass(function: Callable[..., Any], arguments: tuple[Any, ...]) -> Callable[..., Any]:
-    with fresh_cache():
-        return Direct(function, (), CPU_OPTIONS, in_blocks=True).compile(arguments)
+def compile_pass(function: Callable[..., Any]) -> Callable[..., Any]:
+    chosen = {**options.options_of(matrices.statistics, "cpu", False), **fusion.options()}
+    return torch.compile(function, dynamic=True, fullgraph=True, options=chosen)
+
+
+def key_of(function: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype) -> Pass:
+    return pass_of(function, shape, torch.device("cpu"), (dtype, dtype), False, False)
 
 
 @pytest.fixture
-def nests(monkeypatch: pytest.MonkeyPatch) -> list[list[_fusion.Loops]]:
-    """The nests of loops of each node after the pass, which ends the compilation."""
-    seen: list[list[_fusion.Loops]] = []
-    join = _fusion._join
+def joined(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many nests of sums over rows and over columns each member has in one node after the pass."""
+    seen: list[int] = []
+    join = fusion._join
 
-    def noting(nodes: _fusion.Nodes, blocks: tuple[Any, ...]) -> _fusion.Nodes:
-        seen.extend(_fusion._loops_of(node) for node in join(nodes, blocks))
-        raise Scheduled
+    def noting(nodes: fusion.Nodes, blocks: tuple[Any, ...]) -> fusion.Nodes:
+        nodes = join(nodes, blocks)
+        sums = [
+            node
+            for node in nodes
+            if any(len(summed) == 1 and len(loops) == len(blocks) + 1 for loops, summed in fusion._loops_of(node))
+            and all(loops[: len(blocks)] == blocks for loops, _ in fusion._loops_of(node))
+        ]
+        seen.append(len(sums))
+        return nodes
 
-    monkeypatch.setattr(_fusion, "_join", noting)
+    monkeypatch.setattr(fusion, "_join", noting)
     return seen
 
 
+@pytest.mark.skipif(not fusion.options(), reason="loops are joined on proven releases of torch alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(6, 32, 48), (3, 5, 32, 48)], ids=["matrix", "slices"])
-def test_rows_and_columns_share_a_loop(nests: list[list[_fusion.Loops]], shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    p, g = torch.randn(shape, dtype=dtype), torch.randn(shape, dtype=dtype)
-    with pytest.raises(Exception, match="Scheduled"):
-        compile_pass(_blocked.statistics, (p, g, torch.rand(shape[:-1]), torch.rand(len(Numbers._fields))))
-    sums = [loops for loops in nests if any(len(reduced) == 1 and len(outer) == len(shape) - 1 for outer, reduced in loops)]
-    assert len(sums) == 1, "sums over the rows and sums over the columns of blocks should be in one loop over the blocks"
-    blocks = sums[0][0][0][:-1]
-    assert all(outer[: len(blocks)] == blocks for outer, _ in sums[0])
+def test_rows_and_columns_share_a_loop(joined: list[int], shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    key = key_of(matrices.statistics, shape, dtype)
+    compile_pass(matrices.statistics)(*example_of(key))
+    assert joined == [1], "sums over the rows and sums over the columns of blocks should be in one loop over the blocks"
 
 
 def rows_of_another_block(g: Tensor, out: Tensor) -> None:
@@ -66,8 +77,25 @@ def rows_of_all_blocks(g: Tensor, out: Tensor) -> None:
 @pytest.mark.parametrize("function", [rows_of_another_block, rows_of_all_blocks])
 def test_columns_that_need_other_blocks_are_not_joined(function: Callable[..., None]) -> None:
     g = torch.randn(40, 16, 24, dtype=torch.float64)
-    compiled = compile_pass(function, (g, torch.zeros(40, 24, dtype=torch.float64)))
     out, expected = torch.zeros(40, 24, dtype=torch.float64), torch.zeros(40, 24, dtype=torch.float64)
-    compiled(g, out)
+    compile_pass(function)(g, out)
     function(g, expected)
     torch.testing.assert_close(out, expected, rtol=1e-12, atol=0.0)
+
+
+@pytest.mark.skipif(not fusion.options(), reason="loops are joined on proven releases of torch alone")
+def test_a_failure_leaves_the_loops_as_they_are(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    def failing(*_: Any) -> Any:
+        raise AttributeError("another release has other nodes")
+
+    monkeypatch.setattr(fusion, "_join", failing)
+    p, g, row, ones, table = example_of(key_of(matrices.statistics, (6, 32, 48), torch.float32))
+    g.normal_()
+    expected = matrices.statistics(p, g, row.clone(), ones, table)
+    torch.testing.assert_close(compile_pass(matrices.statistics)(p, g, row, ones, table), expected)
+    assert "not joined" in caplog.text
+
+
+def test_an_unknown_release_goes_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "__version__", "99.0.0")
+    assert fusion.options() == {}
