@@ -99,12 +99,13 @@ def _can_join(joined: BaseSchedulerNode, node: BaseSchedulerNode, others: Nodes,
 
 def _within_block(node: BaseSchedulerNode, read: Any, blocks: tuple[Any, ...]) -> bool:
     """Whether each block reads only what it has written itself."""
-    layout = node.scheduler.name_to_buf[read.name].node.get_layout()
-    if not isinstance(read, MemoryDep) or tuple(layout.size[: len(blocks)]) != blocks:
+    layout, total = node.scheduler.name_to_buf[read.name].node.get_layout(), math.prod(blocks)
+    # The dimensions of the blocks; Inductor may have merged the loops over slices and their blocks.
+    count = next((i for i in range(1, len(layout.size) + 1) if math.prod(layout.size[:i]) == total), 0)
+    if not isinstance(read, MemoryDep) or not count:
         return False
     if len(read.size) == 1 and read.index == read.var_names[0]:  # in the order in which it lies
         return True
-    # Inductor may have merged the loops over slices and their blocks; the last of them goes from block to block either way.
-    leading = 1 if read.size[0] == math.prod(blocks) else len(blocks)
+    leading = 1 if read.size[0] == total else len(blocks)
     block_stride = read.index.coeff(read.var_names[leading - 1])
-    return bool(math.prod(read.size[:leading]) == math.prod(blocks) and block_stride == layout.stride[len(blocks) - 1])
+    return bool(math.prod(read.size[:leading]) == total and block_stride == layout.stride[count - 1])
