@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from adafactor_compiled._sharded.exchange import Exchange
 from adafactor_compiled._sharded.step import exchanges_of
 from adafactor_compiled._state import checkpoint, moments, options
-from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all
+from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all, entry_of
 from adafactor_compiled._state.groups import checked_parameters
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step import capture, scaling, scheduler
@@ -22,7 +22,7 @@ from adafactor_compiled._step.compilation import Compilation
 from adafactor_compiled._step.faults import counts_kept_true
 from adafactor_compiled._step.plan import Plan, plan_of
 from adafactor_compiled._step.run import Record, run
-from adafactor_compiled._update.numbers import unscaled_lr
+from adafactor_compiled._update.numbers import lr_in_use
 from adafactor_compiled.step_in_backward import StepInBackward
 from adafactor_compiled.summary import Summary, summary_of
 from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
@@ -135,25 +135,9 @@ class Adafactor(Optimizer):
         nonfinite: str = "propagate",
         show_progress: bool | None = None,
     ) -> None:
+        given = locals()
+        defaults = {name: given[name] for name in options.OPTIONS}
         options.check_manual_lr(lr, relative_step)
-        defaults = {
-            "lr": lr,
-            "eps": eps,
-            "clip_threshold": clip_threshold,
-            "decay_rate": decay_rate,
-            "beta1": beta1,
-            "weight_decay": weight_decay,
-            "scale_parameter": scale_parameter,
-            "relative_step": relative_step,
-            "warmup_init": warmup_init,
-            "foreach": foreach,
-            "compile": compile,
-            "maximize": maximize,
-            "capturable": capturable,
-            "stochastic_rounding": stochastic_rounding,
-            "rounding_seed": rounding_seed,
-            "nonfinite": nonfinite,
-        }
         options.check_options(defaults)
         if show_progress is not None:
             self.show_progress = show_progress
@@ -236,9 +220,7 @@ class Adafactor(Optimizer):
         if isinstance(param, DTensor):
             raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
         if param.grad is not None:
-            first = sum(len(other["params"]) for other in self.param_groups[: _index_of(group, self.param_groups)])
-            options.check_gradient(param, param.grad, first + i)
-            self._step([Entry(first + i, param, param.grad, self.state[param], group)], param)
+            self._step([entry_of(param, group, i, self.param_groups, self.state)], param)
             self._opt_called = True  # or torch's schedulers warn that nothing was stepped
 
     @property
@@ -328,11 +310,4 @@ class Adafactor(Optimizer):
     @staticmethod
     def _get_lr(param_group: Group, param_state: moments.State) -> Any:
         """The learning rate of a parameter's last step, as transformers' AdafactorSchedule asks for it."""
-        step = param_state["step"]
-        step = step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1)
-        lr = unscaled_lr(param_group, step)
-        return param_state["RMS"].clamp(min=param_group["eps"][1]) * lr if param_group["scale_parameter"] else lr
-
-
-def _index_of(group: Group, groups: list[Group]) -> int:
-    return next((index for index, other in enumerate(groups) if other is group), len(groups))
+        return lr_in_use(param_group, param_state["step"], param_state["RMS"])

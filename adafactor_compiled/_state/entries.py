@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.moments import State
-from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.options import Group, check_gradient
 
 
 class Entry(NamedTuple):
@@ -44,6 +44,19 @@ def entries_of_all(groups: Sequence[Group], state: Mapping[Tensor, State]) -> li
     """Every parameter that may get a gradient, as if each were its own gradient, with copies of the states."""
     params = [(param, group) for group in groups for param in group["params"] if param.requires_grad]
     return [Entry(-1, param, param.detach(), dict(state.get(param, {})), group) for param, group in params]
+
+
+def entry_of(param: Tensor, group: Group, i: int, groups: Sequence[Group], state: Mapping[Tensor, State]) -> Entry:
+    """Parameter i of a group; one that is not among `groups`, as copies of groups are not, counts behind them.
+
+    Raises:
+        RuntimeError: its gradient does not fit it.
+    """
+    index = next((index for index, other in enumerate(groups) if other is group), len(groups))
+    position, grad = sum(len(other["params"]) for other in groups[:index]) + i, param.grad
+    assert grad is not None
+    check_gradient(param, grad, position)
+    return Entry(position, param, _without_neg(grad), state[param], group)
 
 
 def path_of(group: Group, param: Tensor | None = None) -> str:
