@@ -1,4 +1,4 @@
-"""The floors of the house: imports run downwards, never in a circle, and private parts of torch are used where they are named."""
+"""The floors of the house: imports run downwards, never in a circle, and private parts of torch are where they are named."""
 
 from __future__ import annotations
 
