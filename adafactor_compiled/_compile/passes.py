@@ -43,13 +43,15 @@ def compiled(key: Pass) -> Callable[..., Any]:
     """The pass compiled, the same object each time it is asked for, in all optimizers of a process."""
     function = key.function
     short = function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
-    # Dynamo counts the graphs of a code object, at most 8: each pass gets one of its own.
-    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
-    own = FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
-    call: Callable[..., Any] = torch.compile(
-        own, dynamic=True, fullgraph=True, options=options_of(function, key.device_type, short)
-    )
+    options = options_of(function, key.device_type, short)
+    call: Callable[..., Any] = torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options)
     return call
+
+
+def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function with a code object of its own: Dynamo counts the graphs of each, and makes 8 at most."""
+    code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
+    return FunctionType(code, function.__globals__, function.__name__, function.__defaults__, function.__closure__)
 
 
 _numbers = itertools.count()
@@ -84,6 +86,8 @@ class _Current(threading.local):
 
 _current = _Current()
 _environments = itertools.count()
+_seen: list[int] = []  # those that the present probe knows
+LIMIT = 8  # graphs of a code object, as Dynamo counts them
 
 
 def environment() -> int | None:
@@ -92,7 +96,16 @@ def environment() -> int | None:
     That is the number of threads, autocast, the default device and dtype and more, and whether graphs have been reset. A
     probe, compiled like a pass and called before each step, is compiled anew for each of them, and tells which one it is for.
     """
-    return _current.environment if _compiled_probe()(_PROBED)[1] else None
+    if _compiled_probe()(_PROBED)[1]:
+        return _current.environment
+    if len(_seen) >= LIMIT:  # Dynamo compiles the probe no more, and soon the passes neither: begin anew
+        for cache in (_compiled_probe, compiled):
+            cache.cache_clear()
+        _seen.clear()
+        _ready.clear()
+        if _compiled_probe()(_PROBED)[1]:
+            return _current.environment
+    return None
 
 
 _PROBED = torch.zeros(1, device="cpu")
@@ -104,6 +117,7 @@ def _probe(x: Tensor) -> tuple[Tensor, bool]:
 
 def _numbered(graph: Callable[..., Any], _: Any) -> Callable[..., Any]:
     number = next(_environments)
+    _seen.append(number)
 
     def run(*arguments: Any) -> Any:
         _current.environment = number
@@ -114,4 +128,4 @@ def _numbered(graph: Callable[..., Any], _: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled_probe() -> Callable[[Tensor], tuple[Tensor, bool]]:
-    return torch.compile(_probe, backend=_numbered, dynamic=False)
+    return torch.compile(_own_code(_probe), backend=_numbered, dynamic=False)

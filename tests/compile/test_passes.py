@@ -227,3 +227,19 @@ def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monke
         patch.setattr(sys, "stderr", again := Terminal())
         optimizer.warm_up()
     assert "compiling" not in again.getvalue()
+
+
+def test_more_environments_than_the_recompile_limit() -> None:
+    """Each number of threads is another graph of each pass; the ninth is compiled as the first was."""
+    threads, params = torch.get_num_threads(), make([(4, 6)])
+    optimizer = Adafactor(params, compile=True)
+    with compiled_by(aot_eager):
+        try:
+            for count in range(1, 11):
+                torch.set_num_threads(count)
+                set_gradients(params, 0)
+                optimizer.step()
+                assert any(key.function.__name__ == "step_small_matrices" for key, _ in passes._ready)
+                assert optimizer.summary().classes[0].compiled
+        finally:
+            torch.set_num_threads(threads)
