@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.passes import Pass
+from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.calls import passes_of

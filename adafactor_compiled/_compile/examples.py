@@ -33,7 +33,7 @@ class Pass(NamedTuple):
     """A function to compile, and all that its graph depends on."""
 
     function: Callable[..., Any]
-    device_type: str
+    device: torch.device
     dtype: torch.dtype
     grad_dtype: torch.dtype
     momentum: bool
@@ -60,7 +60,7 @@ class Make:
 
     def __init__(self, key: Pass, tiny: bool) -> None:
         self.key, self.tiny = key, tiny
-        self.dtype, self.device = compute_dtype(key.dtype), torch.device(key.device_type)
+        self.dtype, self.device = compute_dtype(key.dtype), key.device
 
     def sizes(self, typical: tuple[tuple[int, ...], tuple[int, ...]], i: int = 0) -> tuple[int, ...]:
         """The dynamic sizes of member i."""

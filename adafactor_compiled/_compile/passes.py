@@ -13,12 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._compile.examples import LONG, MANY, ONE, Pass, example_of, magnitude
+from adafactor_compiled._compile.examples import Pass, example_of, magnitude
 from adafactor_compiled._compile.options import MEMBERS, OVER_ROWS, SUMS_ALONE, options_of
 from adafactor_compiled._compile.progress import progress
 from adafactor_compiled._update import kernels, matrices
-
-__all__ = ["LONG", "MANY", "ONE", "Pass", "compiled", "environment", "make_ready", "pass_of", "seconds_of"]
 
 
 def pass_of(
@@ -35,7 +33,7 @@ def pass_of(
     static = 2 if function in (kernels.kernel_statistics, kernels.apply_kernels) else 0
     magnitudes = (*sizes[:static], *map(magnitude, sizes[static:]))
     narrow = matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1])
-    return Pass(function, device.type, *dtypes, momentum, rounding, MEMBERS.get(function, 1), magnitudes, narrow)
+    return Pass(function, device, *dtypes, momentum, rounding, MEMBERS.get(function, 1), magnitudes, narrow)
 
 
 @functools.cache
@@ -43,7 +41,7 @@ def compiled(key: Pass) -> Callable[..., Any]:
     """The pass compiled, the same object each time it is asked for, in all optimizers of a process."""
     function = key.function
     short = function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
-    options = options_of(function, key.device_type, short)
+    options = options_of(function, key.device.type, short)
     call: Callable[..., Any] = torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options)
     return call
 

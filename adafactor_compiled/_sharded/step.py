@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.passes import Pass, pass_of
+from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._compile.passes import pass_of
 from adafactor_compiled._sharded.exchange import Exchange, Slot
 from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
 from adafactor_compiled._state.entries import Entry, path_of

@@ -2,13 +2,27 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Hashable, Iterable
-from typing import TypeVar
+from collections.abc import Callable, Hashable, Iterable
+from typing import Any, TypeVar
 
 import torch
 
 Key = TypeVar("Key", bound=Hashable)
+Result = TypeVar("Result")
+
+
+def cached(function: Callable[..., Result]) -> Callable[..., Result]:
+    """As `functools.cache`; while torch.compile traces, which would warn of that, the function itself."""
+    kept = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*arguments: Any) -> Result:
+        return function(*arguments) if torch.compiler.is_compiling() else kept(*arguments)
+
+    call.cache_clear = kept.cache_clear  # type: ignore[attr-defined]
+    return call
 
 
 def contiguous_stride(shape: tuple[int, ...]) -> tuple[int, ...]:

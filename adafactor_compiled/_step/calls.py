@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -10,10 +9,10 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.examples import example_of
-from adafactor_compiled._compile.passes import Pass, pass_of
+from adafactor_compiled._compile.examples import Pass, example_of
+from adafactor_compiled._compile.passes import pass_of
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.layout import cached, group_by_key
 from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
@@ -49,7 +48,7 @@ def _split(positions: list[int], k: int) -> Iterator[list[int]]:
         yield positions[start : start + k]
 
 
-@functools.cache
+@cached
 def passes_of(of: ShapeClass) -> tuple[Pass, ...]:
     dtypes, keys = (of.dtype, of.grad_dtype), []
     for function, sizes in _route(of).passes:

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
-from adafactor_compiled._compile.passes import Pass
+from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout

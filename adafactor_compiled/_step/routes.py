@@ -6,14 +6,13 @@ convolutions have functions of their own. Elsewhere (CUDA) a matrix is one block
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from adafactor_compiled._state.layout import contiguous_stride, same_layout
+from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update import chunks, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
@@ -54,7 +53,7 @@ class Route(NamedTuple):
         return x if x.shape == self.shape else x.view(self.shape)
 
 
-@functools.cache
+@cached
 def route_of(of: ShapeClass) -> Route | None:
     """None for what is better stepped without compiled calls: empty, one element, one row or column, strided."""
     if of.numel < 2 or not of.plain or of.device.type == "meta":

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
 from torch import Tensor
+
+from adafactor_compiled._state.layout import cached
 
 BLOCK_NUMEL = 65_536  # a block of rows stays in the second-level cache between two reads: 256 KB in float32
 BLOCK_ROWS = 16  # at least, if that leaves two blocks: each costs two more rows to write and read, its sums
@@ -79,7 +80,7 @@ class Blocking(NamedTuple):
             yield Part(slice(start, stop), slice(0, self.rows), (stop - start, *blocks))
 
 
-@functools.cache
+@cached
 def blocking_of(shape: tuple[int, ...]) -> Blocking:
     """For compiled passes."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
@@ -96,7 +97,7 @@ def blocking_of(shape: tuple[int, ...]) -> Blocking:
     return Blocking(slices, rows, columns, block, True, CHUNK_NUMEL, CHUNKS_PER_APPLY)
 
 
-@functools.cache
+@cached
 def eager_blocking_of(shape: tuple[int, ...], chunk_numel: int) -> Blocking:
     """For eager operations, each of which writes as much as it reads: small chunks of one block."""
     slices, (rows, columns) = math.prod(shape[:-2]), shape[-2:]

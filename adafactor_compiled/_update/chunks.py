@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.layout import cached
 from adafactor_compiled._update.blocks import Blocking, blocking_of
 from adafactor_compiled._update.kernels import apply_kernels, kernel_statistics
 from adafactor_compiled._update.matrices import Factors, Sums, apply, averages, finish, ones_for, statistics
@@ -104,7 +104,7 @@ def _parts_of_kernels(shape: tuple[int, ...]) -> Iterator[tuple[slice, tuple[int
         yield slice(start, start + k), (rows, columns, k, *rows_of(k * rows * columns))
 
 
-@functools.cache
+@cached
 def rows_of(numel: int) -> tuple[int, int]:
     """A vector cut into two or more equal rows, the longest that are summed in one go; a prime number of elements stays one."""
     columns = next(d for d in range(max(1, min(numel // 2, ROW_NUMEL)), 0, -1) if numel % d == 0)
