@@ -147,7 +147,7 @@ def test_main_job_is_deterministic(tmp_path):
     with ThreadPoolExecutor() as pool:
         runs = list(pool.map(lambda directory: run(PROFILES / "train.py", "--quick", "--results", directory), directories))
     for directory, printed in zip(directories, runs, strict=True):
-        assert printed.stderr.count("[") == 0  # no progress bar where there is no terminal
+        assert "compiling Adafactor" not in printed.stderr  # no progress bar where there is no terminal
         assert "| Adafactor, compiled" in printed.stdout
         assert (directory / "train.png").stat().st_size > 10_000
         result = json.loads((directory / "train.json").read_text(encoding="utf-8"))
