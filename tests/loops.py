@@ -7,6 +7,7 @@ bits and rounding does not pile up over a trajectory.
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -19,6 +20,8 @@ from torch._dynamo import lookup_backend
 from adafactor_compiled import Adafactor
 
 VOCABULARY, LENGTH = 17, 6
+# The limit of graphs counts by code object; older releases have no way to keep it to one function.
+ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
 class Block(nn.Module):
@@ -148,7 +151,7 @@ class Loop:
         self.counter = CountingBackend(backend)
         self.eager_step = training_step(self.reference_model, self.reference, **step_options)
         step = training_step(model, self.optimizer, **step_options)
-        self.step: Step = torch.compile(step, fullgraph=True, backend=self.counter, isolate_recompiles=True)
+        self.step: Step = torch.compile(step, fullgraph=True, backend=self.counter, **ISOLATED)
         self.generator = torch.Generator().manual_seed(7)
 
     @property
