@@ -106,7 +106,7 @@ class Make:
             if second_moments == "whole":
                 lists["exp_avg_sqs"].append(self.of(*shape))
             else:
-                lead = shape[: 1 if len(shape) == lead_ndim(typical) else 0]
+                lead = shape[: len(shape) == len(typical[0])]  # slices, where there is a dimension of them
                 twice = second_moments == "twice"
                 ones = self.ones(shape) if typical is BLOCKS else None
                 lists["ones"] += [] if ones is None else [ones]
@@ -115,11 +115,6 @@ class Make:
             if exp_avg is not None:
                 lists["exp_avgs"].append(exp_avg)
         return Members(**lists, table=self.table(k), draws=self.draws(k))
-
-
-def lead_ndim(typical: Any) -> int:
-    """How many dimensions there are with slices in front."""
-    return len(typical[0])
 
 
 MEMBERS: dict[Any, tuple[Any, str]] = {
@@ -131,7 +126,7 @@ MEMBERS: dict[Any, tuple[Any, str]] = {
 
 
 def _lead(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[: len(shape) - 3] if len(shape) > 3 else ()
+    return shape[: len(shape) == len(BLOCKS[0])]
 
 
 def _statistics(make: Make) -> tuple[Any, ...]:

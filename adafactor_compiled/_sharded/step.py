@@ -24,13 +24,11 @@ from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import Group, wants_rounding
 from adafactor_compiled._state.placements import Split, checked_origin, local, split_of
 from adafactor_compiled._update import vectors
-from adafactor_compiled._update.chunks import Run, rows_of
+from adafactor_compiled._update.chunks import Run, vector_shape
 from adafactor_compiled._update.matrices import Averages, Factors, Sums, averages, finish
 from adafactor_compiled._update.members import Member
 from adafactor_compiled._update.pieces import moving_average
 from adafactor_compiled._update.rounding import draws_of_entries
-
-SHORT = 8_192  # elements up to which a piece of a vector is one row
 
 
 def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exchange]:
@@ -132,7 +130,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
         p, g = local(entry.param), local(entry.grad)
         split = split_of(cast(DTensor, entry.param))
         if split is Split.VECTOR and _can_compile_vector(p, g):
-            shape = _vector_shape(p)
+            shape = vector_shape(p.numel())
             keys |= {_pass_for(entry, function, shape): None for function in (vectors.vector_sums, vectors.apply_vector)}
         elif split is not Split.VECTOR and can_compile(p, g):
             keys |= {_pass_for(entry, *of): None for of in passes_of(tuple(p.shape), split)}
@@ -272,7 +270,7 @@ class _Vector(_Piece):
         super().__init__(job, slot)
         state, p, g = job.entry.state, local(job.entry.param), self.grad
         compiles = job.compiles and _can_compile_vector(p, g)
-        self.run, self.shape = _runner(job, compiles), _vector_shape(p) if compiles else tuple(p.shape)
+        self.run, self.shape = _runner(job, compiles), vector_shape(p.numel()) if compiles else tuple(p.shape)
         exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
         views = [None if x is None else x.view(self.shape) for x in (p, g, local(state["exp_avg_sq"]), exp_avg)]
         self.p, self.g, self.exp_avg_sq, self.exp_avg = views
@@ -289,10 +287,6 @@ class _Vector(_Piece):
 
 def _can_compile_vector(p: Tensor, g: Tensor) -> bool:
     return p.numel() > 1 and p.is_contiguous() and g.is_contiguous()
-
-
-def _vector_shape(p: Tensor) -> tuple[int, ...]:
-    return (p.numel(),) if p.numel() <= SHORT else rows_of(p.numel())
 
 
 KINDS: dict[Split, type[_Piece]] = {

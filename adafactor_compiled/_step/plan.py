@@ -17,9 +17,10 @@ from adafactor_compiled._state.moments import check, complete
 from adafactor_compiled._state.options import Group, check_gradient, wants_rounding
 from adafactor_compiled._state.placements import check_gradient_placements
 from adafactor_compiled._step.calls import Call, calls_inline, calls_of
-from adafactor_compiled._step.routes import SHORT, route_of
+from adafactor_compiled._step.routes import route_of
 from adafactor_compiled._step.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._update import padded
+from adafactor_compiled._update.chunks import SHORT
 
 STRIDED = torch.strided
 

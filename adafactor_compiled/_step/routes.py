@@ -18,8 +18,6 @@ from adafactor_compiled._update import chunks, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
 from adafactor_compiled._update.kernels import MOST
 
-SHORT = 8_192  # elements up to which a vector is stepped by one thread: a second one takes as long to begin
-
 Shape = tuple[int, ...]
 
 
@@ -76,9 +74,7 @@ def route_of(of: ShapeClass) -> Route | None:
 
 
 def _vector(of: ShapeClass) -> Route:
-    shape: Shape = (1, of.numel)
-    if of.device.type == "cpu":
-        shape = (of.numel,) if of.numel <= SHORT else chunks.rows_of(of.numel)
+    shape = chunks.vector_shape(of.numel) if of.device.type == "cpu" else (1, of.numel)
     return Route(vectors.step_vectors, ((vectors.step_vectors, shape),), shape)
 
 

@@ -23,6 +23,7 @@ Run = Callable[..., Any]
 PassOf = tuple[Callable[..., Any], tuple[int, ...]]  # a function, and the sizes of what it is called with
 
 ROW_NUMEL = 4096  # elements of a long vector that are summed in one go
+SHORT = 8_192  # elements up to which a vector is stepped by one thread: a second one takes as long to begin
 SLICES = 65_536  # kernels of convolutions that are stepped together: their factors take 2.4 MB of 3 x 3 ones
 
 
@@ -102,6 +103,11 @@ def _parts_of_kernels(shape: tuple[int, ...]) -> Iterator[tuple[slice, tuple[int
     for start in range(0, n, SLICES):
         k = min(SLICES, n - start)
         yield slice(start, start + k), (rows, columns, k, *rows_of(k * rows * columns))
+
+
+def vector_shape(numel: int) -> tuple[int, ...]:
+    """As what a vector is stepped by compiled passes on a CPU: a short one as it is, a long one in rows."""
+    return (numel,) if numel <= SHORT else rows_of(numel)
 
 
 @cached

@@ -7,8 +7,8 @@ from torch import nn
 from adafactor_compiled import Adafactor
 from adafactor_compiled._state.entries import entries_of
 from adafactor_compiled._step.plan import plan_of
-from adafactor_compiled._step.routes import SHORT
 from adafactor_compiled._update import padded
+from adafactor_compiled._update.chunks import SHORT
 
 SIZES = [1, 5, padded.BLOCK - 1, padded.BLOCK, padded.BLOCK + 1, 300, SHORT, SHORT + 1]
 MODES = {"multi-tensor": {"compile": False}, "compiled": {"compile": True}}
