@@ -84,7 +84,7 @@ class _Current(threading.local):
 
 _current = _Current()
 _environments = itertools.count()
-_seen: list[int] = []  # those that the present probe knows
+_seen: list[int] = []  # those that the present passes may have graphs for
 LIMIT = 8  # graphs of a code object, as Dynamo counts them
 
 
@@ -94,15 +94,15 @@ def environment() -> int | None:
     That is the number of threads, autocast, the default device and dtype and more, and whether graphs have been reset. A
     probe, compiled like a pass and called before each step, is compiled anew for each of them, and tells which one it is for.
     """
-    if _compiled_probe()(_PROBED)[1]:
-        return _current.environment
-    if len(_seen) >= LIMIT:  # Dynamo compiles the probe no more, and soon the passes neither: begin anew
-        for cache in (_compiled_probe, compiled):
-            cache.cache_clear()
-        _seen.clear()
-        _ready.clear()
-        if _compiled_probe()(_PROBED)[1]:
+    for _ in range(2):
+        if _compiled_probe()(_PROBED)[1] and len(_seen) <= LIMIT:
             return _current.environment
+        # A function that Dynamo met in a dispatch mode, or has made LIMIT graphs of, it never compiles again: ask another.
+        _compiled_probe.cache_clear()
+        if len(_seen) >= LIMIT:  # the passes soon have as many
+            compiled.cache_clear()
+            _seen.clear()
+            _ready.clear()
     return None
 
 

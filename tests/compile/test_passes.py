@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import io
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from compilers import aot_eager, compiled_by, graphs
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
@@ -243,3 +245,23 @@ def test_more_environments_than_the_recompile_limit() -> None:
                 assert optimizer.summary().classes[0].compiled
         finally:
             torch.set_num_threads(threads)
+
+
+def test_a_dispatch_mode_that_has_ended() -> None:
+    """In a mode nothing is compiled (Dynamo never compiles a function again that it meets in one), and after it as before."""
+    params = make([(4, 6)])
+    optimizer = Adafactor(params, compile=True)
+    ran: list[passes.Pass] = []
+
+    def noting(key: passes.Pass) -> Callable[..., Any]:
+        function = aot_eager(key)
+        return lambda *arguments: (ran.append(key), function(*arguments))[1]
+
+    with compiled_by(noting):
+        for modes in (0, 1, 0, 3, 0):
+            ran.clear()
+            for _ in range(max(modes, 1)):
+                set_gradients(params, 0)
+                with FlopCounterMode(display=False) if modes else contextlib.nullcontext():
+                    optimizer.step()
+            assert bool(ran) == (modes == 0)
