@@ -72,7 +72,7 @@ def _torch(foreach: bool) -> Make:
     return lambda params, beta1: torch.optim.Adafactor(params, lr=LR, foreach=foreach)
 
 
-def _adamw(**path: bool) -> Make:
+def adamw(**path: bool) -> Make:
     return lambda params, beta1: torch.optim.AdamW(params, lr=LR, **path)
 
 
@@ -81,8 +81,8 @@ CONTENDERS: dict[str, Contender] = {
     "stochastic-rounding": Contender(
         "Adafactor, compiled, stochastic rounding", ours(compile=True, stochastic_rounding=True), half_only=True
     ),
-    "adamw-fused": Contender("fused AdamW", _adamw(fused=True)),
-    "adamw-foreach": Contender("foreach AdamW", _adamw(foreach=True)),
+    "adamw-fused": Contender("fused AdamW", adamw(fused=True)),
+    "adamw-foreach": Contender("foreach AdamW", adamw(foreach=True)),
     "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),
     "reference": Contender("Adafactor, reference path", ours(foreach=False), every=3),
     "transformers": Contender("transformers", _transformers, every=3),
@@ -93,13 +93,13 @@ CONTENDERS: dict[str, Contender] = {
 }
 
 
-def make_params(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0) -> list[Tensor]:
-    """Parameters of these shapes with gradients, normal and equal for equal seeds."""
-    generator = torch.Generator().manual_seed(seed)
+def make_params(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 0, device: str = "cpu") -> list[Tensor]:
+    """Parameters of these shapes with gradients, normal and equal for equal seeds on one kind of device."""
+    generator = torch.Generator(device).manual_seed(seed)
     params = []
     for shape in shapes:
-        param = torch.nn.Parameter(torch.empty(shape, dtype=dtype).normal_(0, 0.02, generator=generator))
-        param.grad = torch.empty(shape, dtype=dtype).normal_(0, 1e-3, generator=generator)
+        param = torch.nn.Parameter(torch.empty(shape, dtype=dtype, device=device).normal_(0, 0.02, generator=generator))
+        param.grad = torch.empty(shape, dtype=dtype, device=device).normal_(0, 1e-3, generator=generator)
         params.append(param)
     return params
 

@@ -4,8 +4,14 @@ import copy
 
 import pytest
 import torch
+import torch.distributed as dist
 from loops import Loop, Mixed, Transformer, compiled_loops, training_step
 from tolerances import assert_same_parameter, assert_same_state
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import CommDebugMode
 
 from adafactor_compiled import Adafactor
 
@@ -43,6 +49,28 @@ def assert_same(params, optimizer, others, other):
         assert_same_state(on_cpu(optimizer.state[p]), on_cpu(other.state[q]), p.dtype)
 
 
+def addresses(optimizer):
+    """Where everything lies that a CUDA graph of a step reads or writes, but the gradients."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    states = [x for param in params for x in optimizer.state[param].values()]
+    rates = [group["lr"] for group in optimizer.param_groups]
+    return [x.data_ptr() for x in (*params, *states, *rates) if isinstance(x, torch.Tensor)]
+
+
+def captured(optimizer):
+    """A step as a CUDA graph, and how many steps it took to get there: what is captured is not run."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):
+            optimizer.step()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    return graph, 3
+
+
 @pytest.mark.parametrize("capturable", [False, True])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("path", PATHS, ids=str)
@@ -74,17 +102,9 @@ def test_capture_and_replay(path, lr):
     optimizer, eager = Adafactor(params, **options, **path), Adafactor(others, **options, compile=False)
     set_gradients(params, 0)
     set_gradients(others, 0)
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            optimizer.step()
-    torch.cuda.current_stream().wait_stream(side)
-    for _ in range(3):
+    graph, steps = captured(optimizer)
+    for _ in range(steps):
         eager.step()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        optimizer.step()
     for t in range(1, 6):
         set_gradients(params, t, in_place=True)
         set_gradients(others, t)
@@ -94,6 +114,82 @@ def test_capture_and_replay(path, lr):
         graph.replay()
         eager.step()
         assert_same(params, optimizer, others, eager)
+
+
+CAPTURED = [
+    (torch.float32, {"beta1": 0.9, "weight_decay": 0.01}),
+    (torch.float32, {"nonfinite": "skip"}),
+    (torch.bfloat16, {"stochastic_rounding": True}),
+    (torch.bfloat16, {"lr": 1e-2, "relative_step": False, "beta1": 0.9, "stochastic_rounding": True, "maximize": True}),
+]
+
+
+@pytest.mark.parametrize(("dtype", "options"), CAPTURED, ids=str)
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_replay_finds_all_that_was_captured(path, dtype, options):
+    """Addresses stay what they are from construction on, a replay allocates nothing, and what the capture freed may go."""
+    params, others = problem(dtype), problem(dtype)
+    optimizer = Adafactor(params, **options, **path, capturable=True)
+    eager = Adafactor(others, **options, **path, capturable=True)
+    before = addresses(optimizer)
+    set_gradients(params, 0)
+    set_gradients(others, 0)
+    graph, steps = captured(optimizer)
+    for _ in range(steps):
+        eager.step()
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    # Whatever was free is NaN now, on the device, and in the pinned memory of the host.
+    spoilt = [torch.full((1 << 20,), torch.nan, device="cuda") for _ in range(64)]
+    spoilt += [torch.full((1 << n,), torch.nan).pin_memory() for n in range(4, 16)]
+    for t in range(1, 5):
+        set_gradients(params, t, in_place=True)
+        set_gradients(others, t)
+        if "nonfinite" in options and t == 2:
+            for of in (params, others):
+                of[0].grad[0, 0] = torch.inf
+        allocated = torch.cuda.memory_allocated()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.cuda.memory_allocated() == allocated
+        eager.step()
+        for p, q in zip(params, others, strict=True):
+            assert_same_parameter(p.cpu(), q.cpu(), "cuda graph", where=f"step {t}")
+            assert_same_state(on_cpu(optimizer.state[p]), on_cpu(eager.state[q]), p.dtype, f"step {t}")
+    del spoilt
+    optimizer.step()
+    assert addresses(optimizer) == before
+
+
+def test_load_state_dict_says_that_a_graph_must_be_captured_again():
+    """The loaded state lies elsewhere: the old graph would go on with the old one."""
+    params, others = problem(), problem()
+    optimizer = Adafactor(params, beta1=0.9, compile=False, capturable=True)
+    eager = Adafactor(others, beta1=0.9, compile=False, capturable=True)
+    set_gradients(params, 0)
+    set_gradients(others, 0)
+    saved = copy.deepcopy(optimizer.state_dict())
+    graph, _ = captured(optimizer)
+    graph.replay()
+    with torch.no_grad():
+        for p, q in zip(params, others, strict=True):
+            p.copy_(q)
+    with pytest.warns(UserWarning, match="captured again"):
+        optimizer.load_state_dict(saved)
+    graph, steps = captured(optimizer)
+    for t in range(3):
+        graph.replay()
+        if t == 0:
+            for _ in range(steps):
+                eager.step()
+        eager.step()
+        assert_same(params, optimizer, others, eager)
+
+
+def test_load_state_dict_says_nothing_where_nothing_was_captured(recwarn):
+    optimizer = Adafactor(problem(), compile=False, capturable=True)
+    optimizer.load_state_dict(optimizer.state_dict())
+    assert not [warning for warning in recwarn if "captured again" in str(warning.message)]
 
 
 LR_ON_CPU = {"capturable": True, "lr": torch.tensor(0.1), "relative_step": False}
@@ -148,8 +244,10 @@ def test_compiled_loop(model):
     torch.manual_seed(0)
     with compiled_loops():
         loop = Loop(model().cuda(), {}, backend="inductor")
+        before = addresses(loop.optimizer)
         loop.run(20)
         assert loop.compiles == 1
+        assert addresses(loop.optimizer) == before
 
 
 def test_reduce_overhead():
@@ -163,8 +261,112 @@ def test_reduce_overhead():
     generator = torch.Generator().manual_seed(0)
     with compiled_loops():
         torch._inductor.utils.counters.clear()
+        before = addresses(optimizer)
         step = torch.compile(training_step(model, optimizer), fullgraph=True, mode="reduce-overhead")
         for _ in range(10):
             text = model.batch(generator)
             torch.testing.assert_close(step(text).clone(), eager_step(text), rtol=1e-3, atol=1e-4)
         assert not torch._inductor.utils.counters["inductor"]["cudagraph_skips"]
+        assert addresses(optimizer) == before
+
+
+@pytest.mark.parametrize("lr", [None, 1e-2])
+def test_reduce_overhead_of_the_step_alone(lr):
+    """`torch.compile(optimizer.step)` under CUDA graphs: gradients and the learning rate change between steps."""
+    params, others = problem(), problem()
+    options = {"lr": lr, "relative_step": lr is None, "beta1": 0.9, "capturable": True}
+    optimizer, eager = Adafactor(params, **options), Adafactor(others, **options, compile=False)
+    before = addresses(optimizer)
+    with compiled_loops():
+        step = torch.compile(optimizer.step, fullgraph=True, mode="reduce-overhead")
+        for t in range(6):
+            set_gradients(params, t, in_place=t > 0)
+            set_gradients(others, t)
+            if lr is not None:
+                for x in (optimizer, eager):
+                    x.param_groups[0]["lr"].fill_(lr / (t + 1))
+            step()
+            eager.step()
+            assert_same(params, optimizer, others, eager)
+    assert addresses(optimizer) == before
+
+
+@pytest.fixture
+def one_rank(tmp_path):
+    """A mesh of this process alone, over NCCL."""
+    if not dist.is_nccl_available():
+        pytest.skip("this torch has no NCCL")
+    torch.cuda.set_device(0)
+    dist.init_process_group("nccl", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    yield init_device_mesh("cuda", (1,))
+    dist.destroy_process_group()
+
+
+class Bag(nn.Module):
+    def __init__(self, params):
+        super().__init__()
+        for i, param in enumerate(params):
+            self.register_parameter(f"p{i}", nn.Parameter(param.detach().clone()))
+
+
+def sharded_problem(mesh, dtype=torch.float32):
+    """The problem under `fully_shard`, which takes no 0-dim parameter, and the same unsharded."""
+    whole = [param for param in problem(dtype) if param.ndim]
+    model = Bag(whole)
+    fully_shard(model, mesh=mesh)
+    params = list(model.parameters())
+    assert all(isinstance(param, DTensor) for param in params)
+    return params, whole
+
+
+def set_sharded_gradients(params, whole, t):
+    set_gradients(whole, t)
+    for param, other in zip(params, whole, strict=True):
+        param.grad = distribute_tensor(other.grad.clone(), param.device_mesh, param.placements, src_data_rank=None)
+
+
+def whole_of(x):
+    x = x.full_tensor() if isinstance(x, DTensor) else x
+    return x.cpu() if isinstance(x, torch.Tensor) else x
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_fully_shard_over_nccl(one_rank, path, dtype):
+    """One rank holds all pieces: the sharded step equals the unsharded one, and sends no more than one all_reduce."""
+    params, whole = sharded_problem(one_rank, dtype)
+    options = {"beta1": 0.9, "weight_decay": 0.01}
+    optimizer, reference = Adafactor(params, **options, **path), Adafactor(whole, **options, foreach=False)
+    for t in range(4):
+        set_sharded_gradients(params, whole, t)
+        with CommDebugMode() as sent:
+            optimizer.step()
+        if t:  # the first also asks whether the ranks agree
+            assert dict(sent.get_comm_counts()) in ({}, {torch.ops.c10d.allreduce_: 1})
+        reference.step()
+        for p, q in zip(params, whole, strict=True):
+            assert_same_parameter(whole_of(p), q.cpu(), "cuda, sharded", where=f"step {t}")
+            state = {key: whole_of(x) for key, x in optimizer.state[p].items()}
+            assert_same_state(state, on_cpu(reference.state[q]), q.dtype, f"step {t}")
+            with torch.no_grad():  # both go on from the same bits
+                q.copy_(p.full_tensor())
+                for key, x in reference.state[q].items():
+                    if isinstance(x, torch.Tensor):
+                        x.copy_(state[key])
+
+
+@pytest.mark.parametrize("path", PATHS, ids=str)
+def test_a_sharded_step_never_waits_for_the_device(one_rank, path):
+    params, whole = sharded_problem(one_rank)
+    optimizer = Adafactor(params, **path)
+    for t in range(4):
+        set_sharded_gradients(params, whole, t)
+        torch.cuda.synchronize()
+        if t < 2:
+            optimizer.step()
+            continue
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

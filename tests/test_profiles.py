@@ -7,8 +7,10 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -240,3 +242,107 @@ def test_quick_run_writes_a_result_and_a_picture_that_can_be_redrawn(command, tm
     printed = run(PROFILES / command[0], "--redraw", "--results", tmp_path)
     assert "Adafactor, multi-tensor" in printed.stdout
     assert (tmp_path / f"{name}.png").exists()
+
+
+class TestGpu:
+    """What gpu.py can do on a CPU: everything but the device's own numbers."""
+
+    def test_quick_run_goes_through_the_parts(self, tmp_path):
+        parts = ["steps", "training"]
+        options = ["--quick", "--device", "cpu", "--rounds", "1", "--minutes", "5", "--out", tmp_path]
+        printed = run(PROFILES / "gpu.py", *options, "--parts", *parts)
+        result = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
+        assert result["profile"] == "gpu"
+        assert set(result["parts"]) == set(parts)
+        assert "Errors" not in printed.stdout
+        step = result["parts"]["steps"]["tiny"]
+        assert step["few"].keys() == {"compiled", "adamw-fused"}
+        assert step["all"].keys() > {"compiled", "adamw-fused", "adamw-foreach", "multi-tensor", "torch-foreach"}
+        assert step["first_step"]["graphs"] > 0
+        assert "no optimizer" in result["parts"]["training"]["ms"]["compiled model"]
+        assert (tmp_path / "gpu.png").stat().st_size > 10_000
+        (tmp_path / "gpu.png").unlink()
+        assert "| tiny " in run(PROFILES / "gpu.py", "--redraw", "--results", tmp_path).stdout
+        assert (tmp_path / "gpu.png").exists()
+
+    def test_every_path_is_tried_and_errors_are_results(self, shared, monkeypatch):
+        from _card import checks
+
+        record, emitted = {}, []
+        monkeypatch.setitem(checks.PATHS, "broken", {"nonsense": True})
+        with compiled_by(uncompiled):
+            checks.sanity(record, lambda: emitted.append(len(record)), device="cpu", quick=True)
+        assert emitted == [1, 2, 3, 4, 5, 6]  # after each
+        assert "nonsense" in record.pop("broken")["error"]
+        assert all(of_path["ok"] for of_path in record.values())
+
+    def test_parity_is_with_float64_and_shown(self, shared):
+        from _card import checks, report
+
+        record = {}
+        with compiled_by(uncompiled):
+            checks.parity(record, lambda: None, device="cpu", quick=True)
+        of_paths = record["errors"]["float32"]
+        assert of_paths.keys() == checks.PATHS.keys()
+        assert all(0 < of_path["error"] < 1e-5 for of_path in of_paths.values())
+        of_paths["compiled"] = {"error": None}  # as the JSON has what is not finite
+        of_paths["reference"] = {"error": "Traceback\nValueError: broken"}
+        parts = {"parity": record, "sanity": {"compiled": {"ok": True}, "reference": {}}, "syncs": {"skipped": "no device"}}
+        card = {"driver": None, "cuda": None}
+        shown = report.table({"card": card, "machine": {"torch": "2"}, "parts": parts, "goals": {}})
+        assert "compiled nan" in shown
+        assert "- parity, errors, float32, reference: ValueError: broken" in shown
+        assert "1 of 2; not reference" in shown
+        assert "no device" in shown
+
+    def test_what_fails_or_takes_too_long_leaves_the_others_alone(self, shared, tmp_path):
+        from _card.children import Job, run_at_once
+
+        options = {"device": "cpu", "quick": True}
+        jobs = [Job("syncs", 60, options), Job("nonsense", 60, options), Job("parity", 0.1, options)]
+        ended = {job.part: record for job, record, over in run_at_once(jobs, tmp_path, time.monotonic() + 120) if over}
+        assert ended["syncs"]["skipped"]
+        assert "error" not in ended["syncs"]
+        assert "nonsense" in ended["nonsense"]["error"]
+        assert ended["parity"]["error"].startswith("cut off after")
+        assert [record for _, record, _ in run_at_once(jobs[:1], tmp_path, 0.0)] == [{"error": "no time was left"}]
+
+    def test_tests_are_counted_as_they_end(self, shared):
+        from _card.suite import Counter
+
+        record = {"passed": 0, "failed": 0, "skipped": 0, "failures": {}, "slowest": {}}
+        counter = Counter(record, lambda: None)
+        reports = [("a", "setup", "skipped"), ("b", "setup", "passed"), ("b", "call", "passed"), ("c", "call", "failed")]
+        for i, (name, when, outcome) in enumerate(reports):
+            report = SimpleNamespace(nodeid=name, when=when, outcome=outcome, duration=i, longreprtext="x" * 5000)
+            report.passed = outcome == "passed"
+            counter.pytest_runtest_logreport(report)
+        assert (record["passed"], record["failed"], record["skipped"]) == (1, 1, 1)
+        assert record["failures"].keys() == {"c"}
+        assert len(record["failures"]["c"]) == 1000
+        assert record["slowest"] == {"c": 3, "b": 2, "a": 0}
+
+    def test_stages_put_what_matters_most_first(self, shared):
+        import gpu
+
+        options = SimpleNamespace(
+            device="cuda", quick=False, rounds=15, networks=gpu.DEFAULT, parts=list(gpu.SECONDS), minutes=6.0
+        )
+        names = [[str(job) for job in stage] for stage in gpu.stages_of(options)]
+        assert names[:3] == [
+            ["sanity", "first_steps gpt2", "first_steps decoder-600m"],
+            ["steps gpt2"],
+            ["steps decoder-600m"],
+        ]
+        assert names[3][:3] == ["tests", "parity", "syncs"]
+        timed = [stage for stage in names if any(job.startswith("steps") for job in stage)]
+        assert all(len(stage) == 1 for stage in timed)  # alone
+        assert names[-1] == ["training"]
+
+    def test_floors(self, shared):
+        from _card.steps import adamw_floor_bytes, floor_bytes
+
+        assert floor_bytes([(8, 4)], torch.float32) == 4 * 5 * 32 + 2 * 4 * (8 + 4)
+        assert floor_bytes([(6,)], torch.bfloat16) == 2 * 3 * 6 + 2 * 4 * 6
+        assert floor_bytes([(2, 8, 4)], torch.bfloat16) == 2 * 5 * 64 + 2 * 4 * 2 * (8 + 4)
+        assert adamw_floor_bytes([(8, 4)], torch.float32) == 28 * 32

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -21,6 +22,8 @@ def run_profile(
 ) -> None:
     """Measure, unless `--redraw` was given; then print the table and save the picture of what is in the JSON.
 
+    Where matplotlib is missing the measuring is not lost: the picture can be drawn elsewhere, from the JSON.
+
     Args:
         name: of the profile.
         options: from a `parser(..., redraw=True)`.
@@ -30,9 +33,15 @@ def run_profile(
         draw: a figure from the content of the JSON.
     """
     if not options.redraw:
+        written = None
         for payload in measure(options):
             path = write_result(name, payload, options.results)
-            print(f"wrote {path}", flush=True)
+            if path != written:
+                print(f"writing {path}", flush=True)
+            written = path
     result = read_result(name, options.results)
     print(table(result))
+    if importlib.util.find_spec("matplotlib") is None and not options.redraw:
+        print("no picture, since matplotlib is missing; `--redraw` draws it where that is installed")
+        return
     print(f"drew {save_figure(draw(result), name, options.results)}")

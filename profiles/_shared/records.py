@@ -49,7 +49,10 @@ def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULT
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n\s*", " ", match.group()), text)
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.json"
-    path.write_text(text + "\n", encoding="utf-8")
+    # Whole at any moment: a profile that writes as it goes may be cut off while it writes.
+    part = path.with_suffix(".json.part")
+    part.write_text(text + "\n", encoding="utf-8")
+    part.replace(path)
     return path
 
 

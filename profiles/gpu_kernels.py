@@ -1,0 +1,258 @@
+"""What a step launches and moves on a GPU, read from the code that is generated for an H100; no GPU is needed, nothing is run.
+
+For the parameter lists of networks the package makes its plan of a step and compiles it, as it does on a card, for parameters
+that have shapes and no memory. What Inductor generates says how many kernels a step launches and which bytes they read and
+write. Device time is an estimate: bytes over 2.5 TB/s, and at least 2 us a launch; that of fused AdamW is made the same way.
+
+It needs a CUDA build of torch, and a C compiler. Each network has a process of its own that starts with empty caches.
+
+    python profiles/gpu_kernels.py --networks gpt2 --kernels 0.5 --build
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from _networks import NETWORKS, Shapes, by_shape
+from _shared import color_of, figures, markdown_table, parser, run_profile
+from _shared.fake_gpu import BANDWIDTH, SHORTEST, check_build, environment, milliseconds
+from step_time import ROWS
+
+CHILD = Path(__file__).with_name("_gpu_step.py")
+
+
+class Goal(NamedTuple):
+    launches: int | None = None  # of Triton and aten, at most
+    bytes: float | None = None  # an element, at most
+
+
+GOALS = {
+    "gpt2": Goal(64, 25.0),
+    "t5-small": Goal(),
+    "decoder-600m": Goal(100, 12.6),
+    "lora-8b": Goal(150, 27.0),
+    "resnet50": Goal(48, 46.0),
+    "gpt2-beta1": Goal(bytes=33.0),
+}
+MOST_CODEGEN_S = 90.0
+
+
+def kernels_of(shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float | None = None, **case: Any) -> dict[str, Any]:
+    """What a step of parameters launches and moves, see _gpu_step.py.
+
+    Args:
+        shapes: of the parameters.
+        dtype: of parameters and gradients.
+        beta1: as of the optimizer.
+        **case: `options` of the optimizer; `build`, whether Triton builds each kernel; `sources`, a folder for the code.
+    """
+    check_build()
+    with tempfile.TemporaryDirectory(prefix="gpu-") as directory:
+        variables = environment(Path(directory))
+        variables["PYTHONPATH"] = os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")])
+        case |= {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), "beta1": beta1}
+        command = [sys.executable, str(CHILD), json.dumps(case)]
+        done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
+    if done.returncode:
+        raise RuntimeError(f"generating the kernels failed:\n{done.stderr}")
+    result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return result
+
+
+def adamw(shapes: Shapes, itemsize: int) -> dict[str, float]:
+    """Of torch.optim.AdamW(fused=True): 36 tensors or 320 blocks of 65,536 elements a launch, four reads and three writes."""
+    launches = blocks = tensors = 0
+    for numel in map(math.prod, shapes):
+        tensors += 1
+        left = -(-numel // 65_536)
+        while left:
+            taken = min(left, 320 - blocks)
+            blocks, left = blocks + taken, left - taken
+            if blocks == 320 or (tensors == 36 and not left):
+                launches, blocks, tensors = launches + 1, 0, int(left > 0)
+    launches += (blocks > 0) + -(-len(shapes) // 110)  # and the step counts, by an addition of their own
+    moved = 7 * itemsize * sum(map(math.prod, shapes))
+    return {
+        "launches": launches,
+        "bytes_per_element": 7.0 * itemsize,
+        "device_ms": milliseconds(moved, launches),
+    }
+
+
+def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    row, goal = ROWS[name], GOALS.get(name, Goal())
+    shapes = NETWORKS[row.network]()
+    sources = options.sources and str(options.sources.resolve() / name)
+    result = kernels_of(shapes, row.dtype, row.beta1, build=options.build, sources=sources)
+    print(f"{row.title}: {result['graphs']} graphs in {result['codegen_s']:.0f} s", flush=True)
+    for graph in result["of_graphs"]:
+        print(lines_of(graph, options.kernels), flush=True)
+    print(f"  eager: {result['of_eager']}", flush=True)
+    return {
+        "title": row.title,
+        "shapes": by_shape(shapes),
+        "dtype": row.dtype,
+        "beta1": row.beta1,
+        "goal": {"launches": goal.launches, "bytes_per_element": goal.bytes},
+        "fused_adamw": adamw(shapes, row.dtype.itemsize),
+        **result,
+    }
+
+
+def lines_of(graph: dict[str, Any], least: float | None) -> str:
+    """A graph; and its kernels that move at least so many bytes an element, over all their launches in a step."""
+    launches = f"{graph['calls']} calls of {graph['triton_launches']} Triton and {graph['aten_launches']} aten launches"
+    lines = [
+        f"  {graph['function']}, k {graph['k']}, {graph['sizes']}: {launches}, "
+        f"{graph['bytes_per_element']:.2f} bytes an element, {graph['codegen_s']:.0f} s"
+    ]
+    if least is not None:
+        kernels = [(name, launches, size) for name, (launches, size) in graph["kernels"].items() if size >= least]
+        lines += [f"    {size:6.2f} in {launches} launches of {name}" for name, launches, size in kernels]
+    return "\n".join(lines)
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    names = options.networks or (["widths24"] if options.quick else list(GOALS))
+    rows: dict[str, Any] = {}
+    for name in names:
+        rows[name] = measure_row(name, options)
+        yield {"most_codegen_s": MOST_CODEGEN_S, "bytes_a_second": BANDWIDTH, "shortest_launch_s": SHORTEST, "networks": rows}
+
+
+def at_most(value: float, goal: float | None, form: str) -> str:
+    return format(value, form) + ("" if goal is None else f" (<= {goal:g})")
+
+
+def table(result: dict[str, Any]) -> str:
+    """Launches, bytes and the estimate beside fused AdamW's, with the goals in brackets."""
+    header = [
+        "",
+        "graphs",
+        "made in steps",
+        "code generation, s",
+        "Triton launches",
+        "aten launches in graphs",
+        "outside of graphs",
+        "bytes/element",
+        "fused AdamW's",
+        "estimate, ms",
+        "fused AdamW's",
+    ]
+    rows = [
+        [
+            row["title"],
+            str(row["graphs"]),
+            str(row["graphs_in_steps"]),
+            at_most(row["codegen_s"], result["most_codegen_s"], ".0f"),
+            at_most(row["triton_launches"], row["goal"]["launches"], "d"),
+            at_most(row["aten_launches"], 0, "d"),
+            str(row["eager_launches"]),
+            at_most(row["bytes_per_element"], row["goal"]["bytes_per_element"], ".2f"),
+            f"{row['fused_adamw']['bytes_per_element']:g} in {row['fused_adamw']['launches']}",
+            f"{row['device_ms']:.2f}",
+            f"{row['fused_adamw']['device_ms']:.2f}",
+        ]
+        for row in result["networks"].values()
+    ]
+    built = [line_of_build(row) for row in result["networks"].values() if all("build" in graph for graph in row["of_graphs"])]
+    header_of_built = [
+        "",
+        "kernels",
+        "configurations built",
+        "s",
+        "most registers",
+        "most bytes of stack",
+        "large kernels",
+        "with loads of 128 bits",
+    ]
+    return markdown_table(header, rows) + (f"\n\n{markdown_table(header_of_built, built)}" if built else "")
+
+
+def line_of_build(row: dict[str, Any]) -> list[str]:
+    builds = [graph["build"] for graph in row["of_graphs"]]
+    large = [configurations for build in builds for configurations in build["large"].values()]
+    return [
+        row["title"],
+        str(sum(build["kernels"] for build in builds)),
+        str(sum(build["configurations"] for build in builds)),
+        f"{sum(build['seconds'] for build in builds):.0f}",
+        str(max(build["registers"] for build in builds)),
+        str(max(build["stack"] for build in builds)),
+        str(len(large)),
+        str(sum(any(x["wide_loads"] for x in configurations) for configurations in large)),
+    ]
+
+
+def draw(result: dict[str, Any]) -> Any:
+    """Launches, bytes and the estimate: two bars a network, the second of fused AdamW, and goals as lines."""
+    rows = list(result["networks"].values())
+    figure, panels = figures().subplots(1, 3, figsize=(12, 1.6 + 0.6 * len(rows)), sharey=True)
+    for axes, title in zip(panels, ("launches of a step", "bytes an element", "device time, ms, estimated"), strict=True):
+        axes.set_title(title)
+        axes.grid(visible=False, axis="y")
+    for y, row in enumerate(rows):
+        in_graphs, peer, goal = row["triton_launches"] + row["aten_launches"], row["fused_adamw"], row["goal"]
+        values = [
+            (in_graphs + row["eager_launches"], peer["launches"], goal["launches"]),
+            (row["bytes_per_element"], peer["bytes_per_element"], goal["bytes_per_element"]),
+            (row["device_ms"], peer["device_ms"], None),
+        ]
+        for axes, (ours, theirs, most) in zip(panels, values, strict=True):
+            outside = axes is panels[0]  # what is launched outside of graphs is paler
+            bar(axes, y - 0.19, ours, "compiled", "Adafactor, outside of graphs" if outside else None, 0.4 if outside else 1)
+            bar(axes, y + 0.19, theirs, "AdamW", "fused AdamW" if outside else None)
+            if most is not None:
+                axes.plot([most, most], [y - 0.38, y], color="black", linewidth=2, label="goal" if outside else None)
+        bar(panels[0], y - 0.19, in_graphs, "compiled", "Adafactor, in graphs", text="")
+    panels[0].set(xscale="log", xlim=(1, None), xlabel="logarithmic")
+    panels[0].set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
+    panels[0].minorticks_off()
+    for axes in panels:
+        axes.margins(x=0.2)
+    panels[0].set_yticks(range(len(rows)), [row["title"] for row in rows])
+    panels[0].invert_yaxis()
+    handles, labels = panels[0].get_legend_handles_labels()
+    by_label = dict(zip(labels, handles, strict=True))
+    figure.legend(by_label.values(), by_label.keys(), loc="outside lower center", ncols=4)
+    return figure
+
+
+def bar(axes: Any, y: float, value: float, name: str, label: str | None, alpha: float = 1, text: str | None = None) -> None:
+    axes.barh(y, value, 0.34, color=color_of(name), alpha=alpha, label=label)
+    shown = text if text is not None else f"{value:.3g}" if isinstance(value, float) else str(value)
+    axes.annotate(shown, (value, y), (3, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def main() -> None:
+    options = parser(__doc__, redraw=True)
+    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)} (default: six)")
+    options.add_argument("--build", action="store_true", help="have Triton build every kernel, and look at what it built")
+    options.add_argument(
+        "--kernels",
+        type=float,
+        metavar="BYTES",
+        help="name the kernels of each graph that move so many bytes an element or more",
+    )
+    options.add_argument("--sources", type=Path, help="directory in which to keep what was generated")
+    chosen = options.parse_args()
+    if not chosen.redraw:
+        try:
+            check_build()
+        except RuntimeError as error:
+            raise SystemExit(str(error)) from None
+    run_profile("gpu_kernels", chosen, measure, table, draw)
+
+
+if __name__ == "__main__":
+    main()
