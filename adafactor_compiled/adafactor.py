@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from typing import Any
@@ -112,6 +113,7 @@ class Adafactor(Optimizer):
     show_progress: bool | None = None
     _in_backward: StepInBackward | None = None
     _exchanges: Sequence[Exchange] = ()
+    _captured = False  # whether a CUDA graph has a step of the present state
 
     def __init__(
         self,
@@ -230,7 +232,8 @@ class Adafactor(Optimizer):
 
     def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
         """Step all entries that have a gradient, or one of them `alone`."""
-        capture.check_capture(self.param_groups)
+        if capture.is_captured(self.param_groups):
+            self._captured = True
         of_scaler = scaling.Scaling.of(self)
         if of_scaler is not None:
             entries = of_scaler.unscaled(entries)
@@ -299,13 +302,17 @@ class Adafactor(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of transformers' Adafactor, saved in any mode.
 
-        `foreach`, `compile` and `capturable` stay as they are here: how a step runs is not part of a checkpoint.
+        `foreach`, `compile` and `capturable` stay as they are here: how a step runs is not part of a checkpoint. A step that a
+        CUDA graph has captured must be captured again, since the loaded state lies elsewhere: a UserWarning says so.
 
         Raises:
             ValueError: a state that does not fit, naming the parameter; the optimizer is then as it was.
         """
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
+        if self._captured:
+            self._captured = False
+            warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=2)
 
     @staticmethod
     def _get_lr(param_group: Group, param_state: moments.State) -> Any:

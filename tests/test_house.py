@@ -18,6 +18,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 PRIVATE = {
     "_compile.fusion": {"torch._inductor"},  # one loop instead of two; without it loops are slower and right
     "_compile.options": {"torch._inductor"},  # list_options: which options this release knows
+    "_compile.passes": {"torch._check"},  # public in all but its name: what the compiler may take for granted
     "_state.moments": {"torch._dynamo"},  # mark_static_address, for CUDA graphs
     "_state.placements": {
         "torch.distributed._functional_collectives",

@@ -1,7 +1,8 @@
 """What graphs are compiled from: tensors of chosen sizes, never those of a step.
 
 Sizes are dynamic. Two that are equal in an example would have to be equal in every call: each size here differs from all
-others. Which loops get several threads is decided by the sizes of an example too, whatever network comes first.
+others, and from the constants of a graph. Which loops get several threads is decided by the sizes of an example too, whatever
+network comes first.
 """
 
 from __future__ import annotations
@@ -18,14 +19,32 @@ from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.numbers import Numbers
 from adafactor_compiled._update.rounding import DRAWS
 
-ONE, MANY, LONG = 1, 2, 3  # what a graph depends on of a size: Inductor makes other loops of long sums
+ONE, MANY, LONG = 1, 2, 3  # what a graph depends on of a size, see `magnitude`
 LONG_SUM = 4096  # elements, at most, of a sum that is not long
-NARROW = (3, 4, 5, 6, 9, 10, 11, 13)  # columns that do not fill two vectors
-# The sizes of the last dimensions of a first member, and how much larger those of each next one are.
-BLOCKS, SMALL, VECTOR = ((100, 40, 24, 1024), (1, 1, 1, 16)), ((100, 64, 512), (1, 1, 16)), ((30, 2048), (1, 16))
+ANY, NARROW, SIXTEENS = "any", "narrow", "sixteens"  # what a graph depends on of the columns, see `Pass`
+FEW = (3, 4, 5, 6, 9, 10, 11, 13)  # columns that do not fill two vectors
+OF_KERNELS = {kernels.kernel_statistics, kernels.apply_kernels, kernels.step_kernels}  # their first two sizes are constants
+
+
+class Typical(NamedTuple):
+    """The sizes of the last dimensions of a first member."""
+
+    first: tuple[int, ...]
+    more: tuple[int, ...]  # how much larger those of each next one are
+    long: int = LONG_SUM  # and what is long
+
+
+BLOCKS = Typical((100, 40, 24, 1024), (1, 1, 1, 16))
+SMALL, VECTOR = Typical((100, 64, 512), (1, 1, 16)), Typical((30, 2064), (1, 16))
+# On a GPU, where Inductor chooses tiles by the next powers of two and several blocks for sums of 8,192 or more, and where
+# examples take memory of the GPU.
+GPU_SMALL, GPU_VECTOR = Typical((20, 264, 528), (1, 1, 16)), Typical((30, 2064), (1, 16), 65_536)
+GPU_KERNELS = Typical((32_784,), (16,))
+OF_SLICES = Typical((4000, *VECTOR.first), (0, *VECTOR.more))  # and as which rows their parameters are summed
 
 
 def magnitude(size: int) -> int:
+    """What a graph depends on of a size: 1 is none to Inductor, and of long sums it makes other loops."""
     return ONE if size == 1 else MANY if size <= LONG_SUM else LONG
 
 
@@ -40,7 +59,7 @@ class Pass(NamedTuple):
     rounding: bool
     k: int  # members of a call
     sizes: tuple[int, ...]  # magnitudes of its dynamic sizes, those of kernels of convolutions in front as they are
-    narrow: bool = False  # whether there are fewer columns than fill two vectors, where that makes a difference
+    columns: str = ANY  # NARROW: fewer than fill two vectors of AVX2; SIXTEENS: multiples of 16, where a GPU reads wider
 
 
 def example_of(key: Pass, tiny: bool = False) -> tuple[Any, ...]:
@@ -51,7 +70,7 @@ def example_of(key: Pass, tiny: bool = False) -> tuple[Any, ...]:
         tiny: of the smallest sizes that its graph serves, all members alike.
     """
     make = Make(key, tiny)
-    members = MEMBERS.get(key.function)
+    members = (MEMBERS if key.device.type == "cpu" else GPU_MEMBERS).get(key.function)
     return (make.members(*members),) if members else ARGUMENTS[key.function](make)
 
 
@@ -62,15 +81,18 @@ class Make:
         self.key, self.tiny = key, tiny
         self.dtype, self.device = compute_dtype(key.dtype), key.device
 
-    def sizes(self, typical: tuple[tuple[int, ...], tuple[int, ...]], i: int = 0) -> tuple[int, ...]:
+    def sizes(self, typical: Typical, i: int = 0) -> tuple[int, ...]:
         """The dynamic sizes of member i."""
-        sizes = self.key.sizes[-len(typical[0]) :]
+        sizes = self.key.sizes[-len(typical.first) :]
+        long = LONG_SUM if self.tiny else typical.long
         chosen = [
-            1 if size == ONE else (2 if self.tiny else first + i * more) + (LONG_SUM if size == LONG else 0)
-            for size, first, more in zip(sizes, *(x[-len(sizes) :] for x in typical), strict=True)
+            1 if size == ONE else (2 if self.tiny else first + i * more) + (long if size == LONG else 0)
+            for size, first, more in zip(sizes, typical.first[-len(sizes) :], typical.more[-len(sizes) :], strict=True)
         ]
-        if self.key.narrow:
-            chosen[-1] = NARROW[i]
+        if self.key.columns == SIXTEENS:
+            chosen[-1] = -(-chosen[-1] // 16) * 16
+        elif self.key.columns == NARROW:
+            chosen[-1] = FEW[i]
         elif self.tiny and matrices.AVX2:
             chosen[-1] = max(chosen[-1], 16)
         return tuple(chosen)
@@ -94,9 +116,11 @@ class Make:
     def draws(self, *k: int) -> Tensor | None:
         return self.of(*k, DRAWS, dtype=torch.int32) if self.key.rounding else None
 
-    def members(self, typical: Any, second_moments: str) -> Members:
+    def members(self, typical: Typical, second_moments: str) -> Members:
         k = self.key.k
         shapes = [self.sizes(typical, i) for i in range(k)]
+        if self.key.function in OF_KERNELS:
+            shapes = [(*lead, *self.key.sizes[:2]) for lead in shapes]
         lists: dict[str, list[Any]] = {name: [] for name in Members._fields[:7]}
         for shape in shapes:
             p, g = self.p_and_g(*shape)
@@ -106,7 +130,7 @@ class Make:
             if second_moments == "whole":
                 lists["exp_avg_sqs"].append(self.of(*shape))
             else:
-                lead = shape[: len(shape) == len(typical[0])]  # slices, where there is a dimension of them
+                lead = shape[: -3 if typical is BLOCKS else -2]  # slices, where there are dimensions of them
                 twice = second_moments == "twice"
                 ones = self.ones(shape) if typical is BLOCKS else None
                 lists["ones"] += [] if ones is None else [ones]
@@ -117,7 +141,7 @@ class Make:
         return Members(**lists, table=self.table(k), draws=self.draws(k))
 
 
-MEMBERS: dict[Any, tuple[Any, str]] = {
+MEMBERS: dict[Any, tuple[Typical, str]] = {
     matrices.step_matrices: (BLOCKS, "factored"),
     matrices.step_small_matrices: (SMALL, "factored"),
     vectors.step_vectors: (VECTOR, "whole"),
@@ -125,8 +149,16 @@ MEMBERS: dict[Any, tuple[Any, str]] = {
 }
 
 
+GPU_MEMBERS: dict[Any, tuple[Typical, str]] = {
+    matrices.step_small_matrices: (GPU_SMALL, "factored"),
+    vectors.step_vectors: (GPU_VECTOR, "whole"),
+    vectors.step_pointwise: (GPU_VECTOR, "twice"),
+    kernels.step_kernels: (GPU_KERNELS, "factored"),
+}
+
+
 def _lead(shape: tuple[int, ...]) -> tuple[int, ...]:
-    return shape[: len(shape) == len(BLOCKS[0])]
+    return shape[: len(shape) == len(BLOCKS.first)]
 
 
 def _statistics(make: Make) -> tuple[Any, ...]:
@@ -152,14 +184,14 @@ def _weighted_rows(make: Make) -> tuple[Any, ...]:
 
 def _kernel_statistics(make: Make) -> tuple[Any, ...]:
     rows, columns = make.key.sizes[:2]
-    n, *as_vector = make.sizes(((4000, *VECTOR[0]), (0, *VECTOR[1])))
+    n, *as_vector = make.sizes(OF_SLICES)
     g = make.of(n, rows, columns, dtype=make.key.grad_dtype)
     return make.of(*as_vector, dtype=make.key.dtype), g, make.of(n, rows), make.of(n, columns), make.table()
 
 
 def _apply_kernels(make: Make) -> tuple[Any, ...]:
     rows, columns = make.key.sizes[:2]
-    n, size = make.sizes(((4000, *VECTOR[0]), (0, *VECTOR[1])))[0], rows * columns
+    n, size = make.sizes(OF_SLICES)[0], rows * columns
     factors = make.of(n, rows), make.of(n, columns), make.exp_avg(n, size)
     return *make.p_and_g(n, size), *factors, make.of(2), make.table(), make.draws(), 1_000_003
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+from adafactor_compiled._compile.examples import LONG
 from adafactor_compiled._update import kernels, matrices, pieces, vectors
 
 CPU: dict[str, Any] = {
@@ -47,12 +48,18 @@ CUDA: dict[str, Any] = {
     "triton.prefer_nd_tiling": True,
 }
 
-# Members of a call. Guards and calls cost a small member as much as its step, and eight share them; code grows with each.
+# Members of a call; 1 where nothing is said. On a CPU guards and calls cost a small member as much as its step, and eight share
+# them; on a GPU 16 share launches. Code, and the time to generate it, grow with each.
 MEMBERS: dict[Callable[..., Any], int] = {
     matrices.step_matrices: 4,
     matrices.step_small_matrices: 8,
     vectors.step_vectors: 8,
-    vectors.step_pointwise: 1,
+}
+GPU_MEMBERS: dict[Callable[..., Any], int] = {
+    matrices.step_small_matrices: 16,
+    vectors.step_vectors: 16,
+    vectors.step_pointwise: 16,
+    kernels.step_kernels: 16,
 }
 SUMS_ALONE = {  # momentum and stochastic rounding are nothing to them
     matrices.statistics,
@@ -63,6 +70,14 @@ SUMS_ALONE = {  # momentum and stochastic rounding are nothing to them
 }
 IN_BLOCKS = {matrices.step_matrices, matrices.statistics}  # go over the blocks of a matrix, in one loop: see fusion.py
 OVER_ROWS = {matrices.step_matrices, matrices.step_small_matrices, matrices.statistics}  # see `fills_two_vectors`
+
+
+def members_of_a_call(function: Callable[..., Any], device_type: str, magnitudes: Sequence[int]) -> int:
+    """By the magnitudes of the dynamic sizes: what is large has launches enough of its own, and its examples take memory."""
+    if device_type == "cpu":
+        return MEMBERS.get(function, 1)
+    most = 1 if magnitudes.count(LONG) > 1 else 4 if len(magnitudes) > 2 else 16
+    return min(most, GPU_MEMBERS.get(function, 1))
 
 
 @functools.cache

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._compile.examples import Pass, example_of, magnitude
-from adafactor_compiled._compile.options import MEMBERS, OVER_ROWS, SUMS_ALONE, options_of
+from adafactor_compiled._compile.examples import ANY, MANY, NARROW, OF_KERNELS, SIXTEENS, Pass, example_of, magnitude
+from adafactor_compiled._compile.options import OVER_ROWS, SUMS_ALONE, members_of_a_call, options_of
 from adafactor_compiled._compile.progress import progress
 from adafactor_compiled._update import kernels, matrices
+from adafactor_compiled._update.members import Members
 
 
 def pass_of(
@@ -30,20 +31,40 @@ def pass_of(
     """The pass of a function for parameters and gradients of these dtypes and, as far as that matters, of these sizes."""
     if function in SUMS_ALONE:
         momentum = rounding = False
-    static = 2 if function in (kernels.kernel_statistics, kernels.apply_kernels) else 0
-    magnitudes = (*sizes[:static], *map(magnitude, sizes[static:]))
-    narrow = matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1])
-    return Pass(function, device, *dtypes, momentum, rounding, MEMBERS.get(function, 1), magnitudes, narrow)
+    fixed = 2 if function in OF_KERNELS else 0
+    magnitudes = (*sizes[:fixed], *map(magnitude, sizes[fixed:]))
+    if function is kernels.step_kernels:  # one graph: its example is long, and what is short takes no longer
+        magnitudes = (*sizes[:2], MANY)
+    columns = ANY
+    if device.type != "cpu":
+        columns = SIXTEENS if sizes[-1] % 16 == 0 else ANY
+    elif matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1]):
+        columns = NARROW
+    k = members_of_a_call(function, device.type, magnitudes[fixed:])
+    return Pass(function, device, *dtypes, momentum, rounding, k, magnitudes, columns)
 
 
 @functools.cache
 def compiled(key: Pass) -> Callable[..., Any]:
     """The pass compiled, the same object each time it is asked for, in all optimizers of a process."""
-    function = key.function
-    short = function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
-    options = options_of(function, key.device.type, short)
+    function = _in_sixteens(key.function) if key.columns == SIXTEENS else key.function
+    short = key.function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
+    options = options_of(key.function, key.device.type, short)
     call: Callable[..., Any] = torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options)
     return call
+
+
+def _in_sixteens(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Tells the compiler that a size of each member is a multiple of 16: a GPU then reads 128 bits at a time."""
+    inner = 0 if function in OF_KERNELS else -1
+
+    def in_sixteens(members: Members) -> Tensor:
+        for p in members.params:
+            torch._check(p.shape[inner] % 16 == 0)  # type: ignore[no-untyped-call]
+        measured: Tensor = function(members)
+        return measured
+
+    return in_sixteens
 
 
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:

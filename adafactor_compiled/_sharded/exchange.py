@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
+from adafactor_compiled._update.numbers import to_device
 
 Shape = tuple[int, ...]
 
@@ -95,7 +96,7 @@ class Exchange:
         expected = torch.zeros(n, dtype=self.first.dtype, device="cpu")
         expected[[self.slots[position].number for position in positions]] = self.ranks
         present = self.first[:n]
-        present.copy_(expected / self.ranks)
+        present.copy_(to_device(expected / self.ranks, present.device))
         dist.all_reduce(self.first, group=self.group)
         if not self.tells_late:
             self._check(present, expected, "nothing was stepped")

@@ -73,6 +73,8 @@ class Tables:
         """[k, len(Numbers)]; the last one again where there are more members than positions."""
         rows = [self.tables[i] for i in positions]
         rows += rows[-1:] * (k - len(rows))
+        if torch.compiler.is_compiling():  # the graph finds by itself what is there already
+            return torch.stack(rows)
         key = tuple(map(id, rows))
         stacked = self._stacked.get(key)
         if stacked is None:

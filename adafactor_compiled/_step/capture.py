@@ -27,10 +27,14 @@ def lr_to_tensor(group: Group) -> None:
         group["lr"] = torch.tensor(float(lr), dtype=dtype, device=params[0].device)
 
 
-def check_capture(groups: Sequence[Group]) -> None:
-    """Raise RuntimeError for a step that a CUDA graph being captured would record wrongly."""
+def is_captured(groups: Sequence[Group]) -> bool:
+    """Whether a CUDA graph is being captured.
+
+    Raises:
+        RuntimeError: it would record a step of these groups wrongly.
+    """
     if torch.compiler.is_compiling() or not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-        return
+        return False
     for index, group in enumerate(groups):
         lr, params = group["lr"], group["params"]
         if not group["capturable"]:
@@ -42,3 +46,4 @@ def check_capture(groups: Sequence[Group]) -> None:
                 "`lr` should be a tensor on the parameters' device to capture a step in a CUDA graph but is on: "
                 f"{lr.device} (parameter group {index})"
             )
+    return True

@@ -14,9 +14,8 @@ from torch import Tensor
 
 from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
 from adafactor_compiled._step.shape_class import ShapeClass
-from adafactor_compiled._update import chunks, matrices, vectors
+from adafactor_compiled._update import chunks, kernels, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
-from adafactor_compiled._update.kernels import MOST
 
 Shape = tuple[int, ...]
 
@@ -61,8 +60,8 @@ def route_of(of: ShapeClass) -> Route | None:
     if not of.factored:
         return _vector(of) if contiguous else None
     *lead, rows, columns = of.shape
-    if contiguous and lead and math.prod(lead) > 1 and rows * columns <= MOST and of.device.type == "cpu":
-        return _kernels(of.shape)
+    if contiguous and lead and math.prod(lead) > 1 and rows * columns <= kernels.MOST:
+        return _kernels(of.shape, of.device.type)
     if 1 in (rows, columns):
         return None
     if contiguous:
@@ -78,11 +77,15 @@ def _vector(of: ShapeClass) -> Route:
     return Route(vectors.step_vectors, ((vectors.step_vectors, shape),), shape)
 
 
-def _kernels(shape: Shape) -> Route:
-    if shape[-2:] == (1, 1):  # row and column are the same whole second moment
-        as_vector = chunks.rows_of(math.prod(shape))
+def _kernels(shape: Shape, device_type: str) -> Route:
+    n, (rows, columns) = math.prod(shape[:-2]), shape[-2:]
+    if rows == columns == 1:  # row and column are the same whole second moment
+        as_vector = chunks.rows_of(n) if device_type == "cpu" else (1, n)
         return Route(vectors.step_pointwise, ((vectors.step_pointwise, as_vector),), as_vector, as_vector, as_vector)
-    return Route(chunks.step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
+    if device_type == "cpu":
+        return Route(chunks.step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
+    sizes = (rows, columns, n)
+    return Route(kernels.step_kernels, ((kernels.step_kernels, sizes),), (n, rows, columns), (n, rows), (n, columns))
 
 
 def _matrix(shape: Shape, device_type: str) -> Route:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adafactor_compiled._update.matrices import materialize, static, sum_twice
+from adafactor_compiled._update.matrices import materialize, static, sum_twice, total
+from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import noise_of, write
 
@@ -75,6 +76,35 @@ def apply_kernels(
     noise = None if draws is None else noise_of(draws, (p.shape[0], rows, columns), p.dtype).reshape(p.shape)
     write(p, wide_p - (wide_p * decay + update), noise)
     return measured.to(table.dtype)
+
+
+def step_kernels(members: Members) -> Tensor:
+    """A whole step of k parameters of shape [N, R, C] on a GPU, R and C constants: sums over them are unrolled there.
+
+    Gives the RMS of each and of its update, shape [2, k].
+    """
+    return torch.stack([_step(x) for x in members.each()], 1)
+
+
+def _step(x: Member) -> Tensor:
+    numbers, numel = Numbers.of(x.table), x.p.numel()
+    rows, columns = (static(size) for size in x.g.shape[1:])
+    p, g = x.p.to(x.table.dtype), x.g.to(x.table.dtype)
+    squared = g.square()
+    row = materialize(_average(x.row, squared.sum(-1) / columns, numbers))
+    col = materialize(_average(x.col, squared.sum(-2) / rows, numbers))
+    row_mean = row.sum(-1) / rows
+    of_slices = (squared / row.unsqueeze(-1) / col.unsqueeze(-2)).sum(-1).sum(-1) * row_mean
+    rms, update_rms = (root_mean(total(of), numel) for of in (p.square().sum(-1).sum(-1), of_slices))
+    scale, decay = (materialize(of.to(x.table.dtype)) for of in scale_and_decay(numbers, rms, update_rms))
+    update = g * (row / row_mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2) * scale
+    if x.exp_avg is not None:
+        update = x.exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
+        x.exp_avg.copy_(update)
+    write(x.p, p - (p * decay + update), None if x.draws is None else noise_of(x.draws, x.p.shape, x.p.dtype))
+    x.row.copy_(row)
+    x.col.copy_(col)
+    return torch.stack([rms, update_rms]).to(x.table.dtype)
 
 
 def _sum(terms: list[Tensor]) -> Tensor:

@@ -94,7 +94,7 @@ def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: tor
     """
     row = plain_numbers(group, step)
     if not any(isinstance(x, Tensor) for x in row):
-        return _to_device(torch.tensor(row, dtype=dtype, device="cpu"), device)
+        return to_device(torch.tensor(row, dtype=dtype, device="cpu"), device)
     shape = step.shape if isinstance(step, Tensor) else ()
     return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
 
@@ -142,7 +142,8 @@ def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.de
     return filled
 
 
-def _to_device(table: Tensor, device: torch.device) -> Tensor:
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host on a device, without waiting for it."""
     if device.type == "cpu":
         return table
     if device.type == "cuda":

@@ -20,13 +20,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.placements import Origin
+from adafactor_compiled._update.numbers import to_device
 
 GOLDEN = -0x61C88647  # 2**32 / golden ratio, odd, as an int32
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)  # of a 32-bit mixing function, https://github.com/skeeto/hash-prospector
@@ -46,8 +47,9 @@ def draws_of(
     keys = [(*_keys(seed, position), *origin) for seed, position, origin in zip(seeds, positions, origins, strict=True)]
     if any(isinstance(step, Tensor) for step in steps):
         counts = torch.stack([torch.as_tensor(step, device=device).to(torch.int32) for step in steps])
-        return list(torch.cat([_to_device(keys, device), counts.unsqueeze(-1)], -1).unbind())
-    return list(_to_device([(*x, step) for x, step in zip(keys, steps, strict=True)], device).unbind())
+        return list(torch.cat([_kept_on(tuple(keys), device), counts.unsqueeze(-1)], -1).unbind())
+    rows = [(*x, step) for x, step in zip(keys, steps, strict=True)]
+    return list(to_device(torch.tensor(rows, dtype=torch.int32, device="cpu"), device).unbind())
 
 
 def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> list[Tensor]:
@@ -58,11 +60,23 @@ def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> lis
 
 def draws_from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
     """The draws of a part that begins at this slice and row."""
-    return draws + torch.tensor([0, 0, 0, first_slice, first_row, 0, 0], dtype=draws.dtype, device=draws.device)
+    draws = draws.clone()
+    for place, first in zip(range(FIRST.start, FIRST.stop), (first_slice, first_row), strict=False):
+        draws[place] += first
+    return draws
 
 
-def _to_device(rows: list[tuple[Any, ...]], device: torch.device) -> Tensor:
-    return torch.tensor(rows, dtype=torch.int32, device="cpu").to(device, non_blocking=True)
+def _kept_on(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
+    """A CUDA graph that copied them from the host would, replayed, find something else there."""
+    kept = _kept.get((keys, device)) if device.type == "cuda" and not torch.compiler.is_compiling() else None
+    if kept is None:
+        kept = to_device(torch.tensor(keys, dtype=torch.int32, device="cpu"), device)
+        if device.type == "cuda" and type(kept) is Tensor:  # not what a mode, or a compiler, has made of it
+            _kept[keys, device] = kept
+    return kept
+
+
+_kept: dict[tuple[tuple[tuple[int, ...], ...], torch.device], Tensor] = {}
 
 
 @lru_cache(maxsize=65_536)
