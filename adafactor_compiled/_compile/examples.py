@@ -146,14 +146,13 @@ MEMBERS: dict[Any, tuple[Typical, str]] = {
     matrices.step_small_matrices: (SMALL, "factored"),
     vectors.step_vectors: (VECTOR, "whole"),
     vectors.step_pointwise: (VECTOR, "twice"),
+    kernels.step_kernels: (GPU_KERNELS, "factored"),
 }
-
-
 GPU_MEMBERS: dict[Any, tuple[Typical, str]] = {
+    **MEMBERS,
     matrices.step_small_matrices: (GPU_SMALL, "factored"),
     vectors.step_vectors: (GPU_VECTOR, "whole"),
     vectors.step_pointwise: (GPU_VECTOR, "twice"),
-    kernels.step_kernels: (GPU_KERNELS, "factored"),
 }
 
 

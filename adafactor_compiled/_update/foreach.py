@@ -13,9 +13,22 @@ from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.numbers import Numbers, clip_divisor, step_size
 from adafactor_compiled._update.rounding import noise_of, rounded
 
+PARTS_OF_HALF = 4  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and a little
+
 
 def step_class(members: Members) -> Tensor:
-    """Step k members of one shape; gives the RMS of each and of its update, shape [2, k]."""
+    """Step k members of one shape; gives the RMS of each and of its update, shape [2, k].
+
+    Temporaries take at most twice what the parameters take, and what rounds a member stochastically.
+    """
+    k, halves = len(members.params), members.params[0].dtype != members.table.dtype
+    size = -(-k // PARTS_OF_HALF) if halves and not torch.compiler.is_compiling() else k
+    if size == k:
+        return _step(members)
+    return torch.cat([_step(members.part(start, start + size)) for start in range(0, k, size)], 1)
+
+
+def _step(members: Members) -> Tensor:
     numbers = Numbers.of(members.table)
     n, dtype = members.params[0].numel(), members.table.dtype
     params, grads = _to(members.params, dtype), _to(members.grads, dtype)
@@ -23,6 +36,7 @@ def step_class(members: Members) -> Tensor:
     rms = torch.stack(torch._foreach_norm(params)) / n**0.5  # 2
     alpha = step_size(numbers, rms)  # 3, 4
     update = _factored_update(members, grads, numbers) if members.rows else _whole_update(members, grads, numbers)  # 5
+    del grads
     update_rms = torch.stack(torch._foreach_norm(update)) / n**0.5  # 6
     scale = numbers.sign * alpha / clip_divisor(numbers, update_rms)
     torch._foreach_mul_(update, scale.unbind())  # 7
@@ -35,11 +49,13 @@ def step_class(members: Members) -> Tensor:
     # p - (p * decay + update): p * (1 - decay) would round 1 - decay, the same way at every step.
     decrease = torch._foreach_mul(params, (numbers.weight_decay * alpha).unbind())  # 9
     torch._foreach_add_(decrease, update)
-    new = torch._foreach_sub(params, decrease)  # 10
+    torch._foreach_sub_(params, decrease)  # 10
     if members.draws is not None:
         to = members.params[0].dtype
-        new = tuple(rounded(x, noise_of(d, x.shape, to), to) for x, d in zip(new, members.draws.unbind(), strict=True))
-    torch._foreach_copy_(members.params, new)
+        for x, draws in zip(params, members.draws.unbind(), strict=True):
+            x.copy_(rounded(x, noise_of(draws, x.shape, to), to))
+    if params is not members.params:
+        torch._foreach_copy_(members.params, params)
     return torch.stack([rms, update_rms])
 
 
@@ -68,7 +84,10 @@ def _whole_update(members: Members, grads: list[Tensor], numbers: Numbers) -> li
     torch._foreach_mul_(squared, numbers.one_minus_beta2.unbind())
     torch._foreach_mul_(members.exp_avg_sqs, numbers.beta2.unbind())
     torch._foreach_add_(members.exp_avg_sqs, squared)
-    return list(torch._foreach_mul(grads, torch._foreach_rsqrt(members.exp_avg_sqs)))
+    del squared
+    update = list(torch._foreach_rsqrt(members.exp_avg_sqs))
+    torch._foreach_mul_(update, grads)
+    return update
 
 
 def _to(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:

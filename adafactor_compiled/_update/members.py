@@ -41,3 +41,7 @@ class Members(NamedTuple):
         lists = (x or none for x in self[2:7])
         draws = none if self.draws is None else self.draws.unbind()
         yield from map(Member, self.params, self.grads, *lists, self.table.unbind(), draws)
+
+    def part(self, start: int, stop: int) -> Members:
+        """Some of them."""
+        return Members(*(None if x is None else x[start:stop] for x in self))
