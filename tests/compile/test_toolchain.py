@@ -366,6 +366,8 @@ exec sleep 600
 """
 
 INTERRUPTED = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored, and so it is here
 optimizer = Adafactor(make(), **OPTIONS)
 try:
     optimizer.step()
