@@ -81,7 +81,7 @@ class Adafactor(Optimizer):
     shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
 
     Raises:
-        ValueError: an option that is not what it must be, an unknown option, or a parameter of another dtype; at construction,
+        ValueError: an option that is not what it must be or is misspelled, or a parameter of another dtype; at construction,
             in `add_param_group` and in `load_state_dict`.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
             `compile=True` without a working toolchain.
@@ -98,7 +98,7 @@ class Adafactor(Optimizer):
     Differs from transformers:
         - `step(closure)` runs the closure with gradients enabled, so that it can call `backward()`.
         - `load_state_dict` keeps float32 state of half-precision parameters.
-        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, unknown names.
+        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
         - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
         - Complex parameters raise. `clip_threshold=None` turns clipping off.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
@@ -138,8 +138,8 @@ class Adafactor(Optimizer):
         show_progress: bool | None = None,
     ) -> None:
         given = locals()
-        defaults = {name: given[name] for name in options.OPTIONS}
-        options.check_manual_lr(lr, relative_step)
+        defaults = options.plain({name: given[name] for name in options.OPTIONS})
+        options.check_manual_lr(lr, defaults["relative_step"])
         options.check_options(defaults)
         if show_progress is not None:
             self.show_progress = show_progress
@@ -171,6 +171,7 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: as at construction; the optimizer is then as it was.
         """
+        param_group = options.plain(param_group)
         params = checked_parameters(param_group, self.defaults, self.param_groups)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
