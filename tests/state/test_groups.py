@@ -19,8 +19,8 @@ NAMES = """
     params param_names name group_name layer layer_name rho adaptive rank update_proj_gap scale proj_type initial_lr
     max_lr min_lr base_lr swa_lr lr_scale lr_mult lr_ratio lr_decay lr_max scale_lr base_momentum max_momentum momentum
     betas beta2 alpha use_muon ns_steps step k r d d0 amsgrad fused differentiable warmup warmup_steps decay_steps
-    weight_sum weight_lr_power scheduled_lr initial_weight_decay weight_decay_mult no_weight_decay wd_mult scale_factor relative clip threshold seed ema
-    layer_decay train_mode id
+    weight_sum weight_lr_power scheduled_lr initial_weight_decay weight_decay_mult no_weight_decay wd_mult scale_factor
+    relative clip threshold seed ema layer_decay train_mode id
 """
 
 MISSPELLED = {
