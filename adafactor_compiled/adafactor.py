@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from adafactor_compiled._sharded.exchange import Exchange
 from adafactor_compiled._sharded.step import exchanges_of
-from adafactor_compiled._state import checkpoint, moments, options
+from adafactor_compiled._state import checkpoint, moments, options, overrides
 from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all, entry_of
 from adafactor_compiled._state.groups import checked_parameters
 from adafactor_compiled._state.options import Group
@@ -23,7 +23,7 @@ from adafactor_compiled._step.compilation import Compilation
 from adafactor_compiled._step.faults import counts_kept_true
 from adafactor_compiled._step.plan import Plan, plan_of
 from adafactor_compiled._step.run import Record, run
-from adafactor_compiled._update.numbers import lr_in_use
+from adafactor_compiled._update.parts import PARTS
 from adafactor_compiled.step_in_backward import StepInBackward
 from adafactor_compiled.summary import Summary, summary_of
 from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
@@ -74,15 +74,18 @@ class Adafactor(Optimizer):
             device; it costs a copy of both. "propagate" steps with what is there.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
-    Every argument but `params` and `show_progress` can be set for a parameter group.
+    Every argument but `params` and `show_progress` can be set for a parameter group. Other keys of a group are kept.
+    Where `_get_lr(group, state)` is overridden, it gives the learning rate in use: steps then take the reference path, with a
+    warning, and `telemetry()` reports the rate of the options.
 
     State, per parameter, from construction: `step` (int), `RMS` (0-dim), `exp_avg_sq_row` of shape `[..., R]` and
     `exp_avg_sq_col` of shape `[..., C]` for a parameter of shape `[..., R, C]`, else `exp_avg_sq` of the parameter's
     shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
 
     Raises:
-        ValueError: an option that is not what it must be, an unknown option, or a parameter of another dtype; at construction,
+        ValueError: an option that is not what it must be or is misspelled, or a parameter of another dtype; at construction,
             in `add_param_group` and in `load_state_dict`.
+        TypeError: an overridden `_get_options`, `_rms` or `_approx_sq_grad`, which steps would not call.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
             `compile=True` without a working toolchain.
 
@@ -98,7 +101,7 @@ class Adafactor(Optimizer):
     Differs from transformers:
         - `step(closure)` runs the closure with gradients enabled, so that it can call `backward()`.
         - `load_state_dict` keeps float32 state of half-precision parameters.
-        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, unknown names.
+        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
         - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
         - Complex parameters raise. `clip_threshold=None` turns clipping off.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
@@ -113,6 +116,9 @@ class Adafactor(Optimizer):
     show_progress: bool | None = None
     _in_backward: StepInBackward | None = None
     _exchanges: Sequence[Exchange] = ()
+    # By name, to be called and, the first, overridden; and as they are here, to see whether they are.
+    _get_lr, _get_options, _rms, _approx_sq_grad = map(staticmethod, PARTS.values())
+    _parts = PARTS
     _captured = False  # whether a CUDA graph has a step of the present state
 
     def __init__(
@@ -138,11 +144,13 @@ class Adafactor(Optimizer):
         show_progress: bool | None = None,
     ) -> None:
         given = locals()
-        defaults = {name: given[name] for name in options.OPTIONS}
-        options.check_manual_lr(lr, relative_step)
+        defaults = options.plain({name: given[name] for name in options.OPTIONS})
+        options.check_manual_lr(lr, defaults["relative_step"])
         options.check_options(defaults)
         if show_progress is not None:
             self.show_progress = show_progress
+        for name, own in self._parts.items():
+            overrides.check(name, getattr(self, name), own)
         self._forget_plans()
         super().__init__(params, defaults)
 
@@ -159,6 +167,8 @@ class Adafactor(Optimizer):
         self._compilation = Compilation()
 
     def __setattr__(self, name: str, value: Any) -> None:
+        if name in self._parts:
+            overrides.check(name, value, self._parts[name])
         if name == "step" and hasattr(value, "_wrapped_by_lr_sched"):
             scheduler.check_scheduler(self.param_groups)
             if "step" not in self.__dict__:  # else someone has wrapped it already, who wants to be called
@@ -171,6 +181,7 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: as at construction; the optimizer is then as it was.
         """
+        param_group = options.plain(param_group)
         params = checked_parameters(param_group, self.defaults, self.param_groups)
         super().add_param_group({**param_group, "params": params})
         group = self.param_groups[-1]
@@ -232,6 +243,7 @@ class Adafactor(Optimizer):
 
     def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
         """Step all entries that have a gradient, or one of them `alone`."""
+        entries = self._overridden(entries)
         if capture.is_captured(self.param_groups):
             self._captured = True
         of_scaler = scaling.Scaling.of(self)
@@ -248,6 +260,10 @@ class Adafactor(Optimizer):
         with nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries), counts_kept_true(entries):
             self._records[alone] = run(plan, entries, exchanges, compiles)
 
+    def _overridden(self, entries: list[Entry]) -> list[Entry]:
+        get_lr = self._get_lr
+        return entries if get_lr is self._parts["_get_lr"] else overrides.with_lr_of(entries, get_lr)
+
     @property
     def _step_supports_amp_scaling(self) -> bool:
         return scaling.wanted(self.param_groups)
@@ -261,7 +277,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
-        plan = plan_of(entries_of_all(self.param_groups, self.state), None)
+        plan = plan_of(self._overridden(entries_of_all(self.param_groups, self.state)), None)
         self._compilation.compiles(plan, self.param_groups, self.show_progress)
 
     def telemetry(self) -> list[GroupTelemetry]:
@@ -273,7 +289,7 @@ class Adafactor(Optimizer):
 
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
-        entries = entries_of_all(self.param_groups, self.state)
+        entries = self._overridden(entries_of_all(self.param_groups, self.state))
         return summary_of(plan_of(entries, None), entries, not self._compilation.failed)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -313,8 +329,3 @@ class Adafactor(Optimizer):
         if self._captured:
             self._captured = False
             warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=2)
-
-    @staticmethod
-    def _get_lr(param_group: Group, param_state: moments.State) -> Any:
-        """The learning rate of a parameter's last step, as transformers' AdafactorSchedule asks for it."""
-        return lr_in_use(param_group, param_state["step"], param_state["RMS"])

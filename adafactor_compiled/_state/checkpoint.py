@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from adafactor_compiled._state import placements
 from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._state.moments import State, complete, dims_of, shapes_of
-from adafactor_compiled._state.options import EXECUTION, OPTIONS, Group, check_options, wants_rounding
+from adafactor_compiled._state.options import EXECUTION, OPTIONS, Group, check_options, plain, wants_rounding
 
 
 @contextmanager
@@ -81,7 +81,7 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     filled = []
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in EXECUTION)}
-        filled.append({**saved, **own})
+        filled.append(plain({**saved, **own}))
         check_options(filled[-1], f" (parameter group {index} of the checkpoint)")
     indices = [index for saved in saved_groups for index in saved["params"]]
     params = [param for group in groups for param in group["params"]]

@@ -63,9 +63,9 @@ def path_of(group: Group, param: Tensor | None = None) -> str:
     """How a group asks to be stepped."""
     if isinstance(param, DTensor):
         return "sharded"
-    if group["foreach"] is False:
+    if group["foreach"] not in (None, True):
         return "reference"
-    return "multi_tensor" if group["compile"] is False else "compiled"
+    return "compiled" if group["compile"] in (None, True) else "multi_tensor"
 
 
 def count_step(entries: list[Entry]) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from adafactor_compiled._state import options, placements
+from adafactor_compiled._state import names, options, placements
 from adafactor_compiled._state.options import Group
 
 
@@ -17,7 +17,7 @@ def checked_parameters(group: Group, defaults: Group, groups: Sequence[Group]) -
     Raises:
         ValueError: an option or a parameter that is not what it must be.
     """
-    options.check_names(group)
+    names.check_names(group)
     merged = {**defaults, **group}
     if "lr" in group:
         options.check_manual_lr(group["lr"], merged["relative_step"])

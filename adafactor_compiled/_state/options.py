@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,6 @@ Group = dict[str, Any]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
 EXECUTION = ("foreach", "compile", "capturable")
-
-# Keys that torch and its learning-rate schedulers keep in a group beside the options.
-FOREIGN_KEYS = frozenset(
-    ["params", "param_names", "initial_lr", "max_lr", "min_lr", "swa_lr", "base_momentum", "max_momentum", "lr_scale"]
-)
-
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -90,6 +84,24 @@ OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
 }
 
 
+def plain(group: Mapping[str, Any]) -> Group:
+    """A group with Python's numbers and bools for numpy's, for tensors on the host (but `lr`) and for 0 and 1 as bools."""
+    return {key: _plain(key, value) if key in OPTIONS else value for key, value in group.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if name == "lr" or value.device.type != "cpu":  # what lies elsewhere would have to be waited for
+            return value
+        value = value.detach()
+    if hasattr(value, "tolist"):
+        value = value.tolist()
+    if name == "eps" and isinstance(value, (tuple, list)):
+        return type(value)([_plain("", x) for x in value])
+    of_bool = OPTIONS[name][0] in (_is_bool, _is_bool_or_none) if name else False
+    return bool(value) if of_bool and type(value) is int and value in (0, 1) else value
+
+
 def check_options(group: Mapping[str, Any], where: str = "") -> None:
     """Raise ValueError for the first option of a group that is not what it must be."""
     for name, (is_valid, expected) in OPTIONS.items():
@@ -118,15 +130,6 @@ def check_manual_lr(lr: object, relative_step: object) -> None:
 
 def wants_rounding(dtype: torch.dtype, stochastic_rounding: bool) -> bool:
     return stochastic_rounding and dtype in (torch.bfloat16, torch.float16)
-
-
-def check_names(names: Iterable[str]) -> None:
-    """Refuse a misspelled option instead of ignoring it."""
-    unknown = sorted(set(names) - set(OPTIONS) - FOREIGN_KEYS)
-    if unknown:
-        raise ValueError(
-            f"unknown key in a parameter group: {', '.join(map(repr, unknown))}; the options are: {', '.join(OPTIONS)}"
-        )
 
 
 def check_parameter(param: Tensor, index: int) -> None:

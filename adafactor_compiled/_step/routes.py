@@ -16,6 +16,8 @@ from adafactor_compiled._state.layout import cached, contiguous_stride, same_lay
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update import chunks, kernels, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
+from adafactor_compiled._update.chunks import step_in_chunks, step_kernels  # by name: what is compared stays one object
+from adafactor_compiled._update.matrices import step_matrices
 
 Shape = tuple[int, ...]
 
@@ -30,11 +32,11 @@ class Route(NamedTuple):
 
     @property
     def in_parts(self) -> bool:
-        return self.function in (chunks.step_in_chunks, chunks.step_kernels)
+        return self.function in (step_in_chunks, step_kernels)
 
     @property
     def in_blocks(self) -> bool:
-        return self.function is matrices.step_matrices
+        return self.function is step_matrices
 
     def ones(self, g: Tensor, i: int) -> Tensor:
         """Of member i of a call."""
@@ -83,7 +85,7 @@ def _kernels(shape: Shape, device_type: str) -> Route:
         as_vector = chunks.rows_of(n) if device_type == "cpu" else (1, n)
         return Route(vectors.step_pointwise, ((vectors.step_pointwise, as_vector),), as_vector, as_vector, as_vector)
     if device_type == "cpu":
-        return Route(chunks.step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
+        return Route(step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
     sizes = (rows, columns, n)
     return Route(kernels.step_kernels, ((kernels.step_kernels, sizes),), (n, rows, columns), (n, rows), (n, columns))
 
@@ -96,10 +98,10 @@ def _matrix(shape: Shape, device_type: str) -> Route:
         blocking = blocking_of(shape)
         if not blocking.whole:
             passes = tuple(dict.fromkeys(chunks.passes_in_chunks(shape)))
-            return Route(chunks.step_in_chunks, passes, shape, shape[:-1], shape[:-2] + shape[-1:])
+            return Route(step_in_chunks, passes, shape, shape[:-1], shape[:-2] + shape[-1:])
         block = blocking.block
     if block == rows:
         whole: Shape = (*lead, rows, columns)
         return Route(matrices.step_small_matrices, ((matrices.step_small_matrices, whole),), whole, whole[:-1], col_shape)
     blocks = (*lead, rows // block, block, columns)
-    return Route(matrices.step_matrices, ((matrices.step_matrices, blocks),), blocks, blocks[:-1], col_shape)
+    return Route(step_matrices, ((step_matrices, blocks),), blocks, blocks[:-1], col_shape)

@@ -59,12 +59,6 @@ def unscaled_lr(group: Group, step: Any) -> Any:
     return relative_lr(group, step) if group["relative_step"] else group["lr"]
 
 
-def lr_in_use(group: Group, step: Any, rms: Tensor) -> Any:
-    """The learning rate of a parameter's last step, of its step count and the RMS that it had."""
-    lr = unscaled_lr(group, step.clamp(min=1.0) if isinstance(step, Tensor) else max(step, 1))
-    return rms.clamp(min=group["eps"][1]) * lr if group["scale_parameter"] else lr
-
-
 def plain_numbers(group: Group, step: Any) -> Numbers:
     """The numbers of a group at a step count: Python numbers, or tensors where an input is one."""
     one_minus_beta2 = step ** group["decay_rate"]

@@ -25,9 +25,13 @@ def step_parameter(
     step = step.to(compute_dtype) if isinstance(step, torch.Tensor) else step
 
     state["RMS"].copy_(rms(p))  # 2
-    alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
-    if group["scale_parameter"]:
-        alpha = alpha * state["RMS"].clamp(min=min_scale)
+    if "get_lr" in group:  # see `_state/overrides.py`
+        get_lr, of_user = group["get_lr"]
+        alpha = get_lr(of_user, state) * torch.ones_like(state["RMS"])
+    else:
+        alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
+        if group["scale_parameter"]:
+            alpha = alpha * state["RMS"].clamp(min=min_scale)
     one_minus_beta2 = step ** group["decay_rate"]  # 4
     beta2 = 1.0 - one_minus_beta2
 
@@ -36,8 +40,7 @@ def step_parameter(
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         row.mul_(beta2).add_(squared.mean(-1) * one_minus_beta2)
         col.mul_(beta2).add_(squared.mean(-2) * one_minus_beta2)
-        row_factor = (row / row.mean(-1, keepdim=True)).rsqrt()
-        update = g * (row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2))
+        update = g * approx_sq_grad(row, col)
     else:
         v = state["exp_avg_sq"]
         v.mul_(beta2).add_(squared * one_minus_beta2)
@@ -57,6 +60,12 @@ def step_parameter(
     p.sub_(update)  # 10
     if p is not param:
         write(param, p, None if draws is None else noise_of(draws, p.shape, param.dtype))
+
+
+def approx_sq_grad(row: Tensor, col: Tensor) -> Tensor:
+    """One over the root of the second moment that its factors stand for."""
+    row_factor = (row / row.mean(-1, keepdim=True)).rsqrt()
+    return row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
 def rms(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import math
 import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -49,13 +50,17 @@ OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"beta1": (0.9, 0.999)}, "`beta1` should be None or a number in [0, 1)"),
     ({"weight_decay": -0.1}, "`weight_decay` should be a finite number >= 0 but is: -0.1"),
     ({"weight_decay": math.nan}, "`weight_decay` should be a finite number >= 0"),
-    ({"scale_parameter": 1}, "`scale_parameter` should be a bool but is: 1"),
+    ({"scale_parameter": 2}, "`scale_parameter` should be a bool but is: 2"),
+    ({"weight_decay": np.bool_(True)}, "`weight_decay` should be a finite number >= 0 but is: True"),
+    ({"weight_decay": torch.ones(2)}, "`weight_decay` should be a finite number >= 0"),
+    ({**MANUAL, "lr": np.ones(2)}, "`lr` should be None, a finite number >= 0"),
+    ({"decay_rate": torch.tensor(0.5)}, "`decay_rate` should be a finite number <= 0 but is: 0.5"),
     ({"relative_step": None, "lr": 1e-3}, "`relative_step` should be a bool but is: None"),
     ({"warmup_init": "no"}, "`warmup_init` should be a bool but is: 'no'"),
-    ({"foreach": 1}, "`foreach` should be None or a bool but is: 1"),
+    ({"foreach": 2}, "`foreach` should be None or a bool but is: 2"),
     ({"compile": "inductor"}, "`compile` should be None or a bool but is: 'inductor'"),
     ({"maximize": None}, "`maximize` should be a bool but is: None"),
-    ({"capturable": 0}, "`capturable` should be a bool but is: 0"),
+    ({"capturable": -1}, "`capturable` should be a bool but is: -1"),
     ({"foreach": False, "compile": True}, "`compile=True` compiles the multi-tensor path and cannot go with `foreach=False`"),
 ]
 of_a_group = [case for case in OPTIONS if case[0].get("relative_step", False) is not None]
@@ -118,7 +123,7 @@ def test_checkpoint_with_a_bad_option(options: dict[str, Any], message: str) -> 
         ([param(), torch.ones(2, dtype=torch.float8_e5m2)], "but parameter 1 of shape (2,) is torch.float8_e5m2"),
         (
             [{"params": [param()], "weight_deacy": 0.1}],
-            "unknown key in a parameter group: 'weight_deacy'; the options are",
+            "unknown key in a parameter group: 'weight_deacy', which is close to `weight_decay`",
         ),
         ([], "optimizer got an empty parameter list"),
         ([{"params": [shared := param()]}, {"params": [shared]}], "some parameters appear in more than one parameter group"),
