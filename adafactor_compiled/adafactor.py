@@ -103,7 +103,7 @@ class Adafactor(Optimizer):
         - Complex parameters raise. `clip_threshold=None` turns clipping off.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
         - A NaN in a parameter stays NaN in its learning rate.
-        - State is made at construction rather than at the first step.
+        - State is made at construction rather than at the first step; what was made on the meta device begins anew elsewhere.
 
     References:
         Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
