@@ -24,7 +24,7 @@ from adafactor_compiled._step.faults import counts_kept_true
 from adafactor_compiled._step.plan import Plan, plan_of
 from adafactor_compiled._step.run import Record, run
 from adafactor_compiled._update.parts import PARTS
-from adafactor_compiled.step_in_backward import StepInBackward
+from adafactor_compiled.step_in_backward import Hooks
 from adafactor_compiled.summary import Summary, summary_of
 from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
 
@@ -103,18 +103,16 @@ class Adafactor(Optimizer):
         - `load_state_dict` keeps float32 state of half-precision parameters.
         - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
         - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
-        - Complex parameters raise. `clip_threshold=None` turns clipping off.
+        - Complex parameters raise. `clip_threshold=None` turns clipping off. A parameter's NaN stays in its learning rate.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
-        - A NaN in a parameter stays NaN in its learning rate.
-        - State is made at construction rather than at the first step.
+        - State is made at construction rather than at the first step; what was made on the meta device begins anew elsewhere.
 
     References:
         Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
         `transformers.optimization.Adafactor`.
     """
 
-    show_progress: bool | None = None
-    _in_backward: StepInBackward | None = None
+    _in_backward: Hooks | None = None
     _exchanges: Sequence[Exchange] = ()
     # By name, to be called and, the first, overridden; and as they are here, to see whether they are.
     _get_lr, _get_options, _rms, _approx_sq_grad = map(staticmethod, PARTS.values())
@@ -147,12 +145,14 @@ class Adafactor(Optimizer):
         defaults = options.plain({name: given[name] for name in options.OPTIONS})
         options.check_manual_lr(lr, defaults["relative_step"])
         options.check_options(defaults)
-        if show_progress is not None:
-            self.show_progress = show_progress
+        self.show_progress = show_progress
         for name, own in self._parts.items():
             overrides.check(name, getattr(self, name), own)
         self._forget_plans()
         super().__init__(params, defaults)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "show_progress": self.show_progress}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
@@ -190,7 +190,7 @@ class Adafactor(Optimizer):
             if param.requires_grad:
                 moments.complete(self.state[param], param, group)
         if self._in_backward is not None:
-            self._in_backward.attach(len(self.param_groups) - 1)
+            self._in_backward.attach(self, len(self.param_groups) - 1)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -300,7 +300,7 @@ class Adafactor(Optimizer):
         """
         # Optimizer.zero_grad breaks the graph of a compiled training loop; this loop does not.
         if self._in_backward is not None:
-            self._in_backward.check()
+            self._in_backward.check(self)
             set_to_none = True
         for group in self.param_groups:
             for param in group["params"]:

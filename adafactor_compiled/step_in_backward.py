@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import weakref
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -37,11 +39,58 @@ class UsedUpGradient(Tensor):
         )
 
 
+class Hooks:
+    """What an optimizer that steps in backward owns: the hooks on its parameters.
+
+    They know it weakly. Autograd holds them where Python's collector does not look: what they held would never go.
+    """
+
+    def __init__(self) -> None:
+        self._handles: list[RemovableHandle] = []
+
+    def attach(self, optimizer: Adafactor, group_index: int) -> None:
+        """Hook the parameters of a group that take gradients."""
+        for i, param in enumerate(optimizer.param_groups[group_index]["params"]):
+            if param.requires_grad:
+                self._handles.append(param.register_post_accumulate_grad_hook(_hook(weakref.ref(optimizer), group_index, i)))
+
+    def check(self, optimizer: Adafactor) -> None:
+        """Raise RuntimeError for a gradient that no hook has seen."""
+        for number, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
+            if param.grad is not None and not isinstance(param.grad, UsedUpGradient):
+                raise RuntimeError(
+                    f"parameter {number} (shape {tuple(param.shape)}) has a gradient but is not stepped in backward, since it "
+                    "was frozen when StepInBackward was made; call its `remove()` and make another"
+                )
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+
+def _hook(owner: weakref.ref[Adafactor], group_index: int, i: int) -> Any:
+    def step_and_free(param: Tensor) -> None:
+        optimizer = owner()
+        if optimizer is None:
+            warnings.warn(
+                "the optimizer that stepped this parameter in backward is gone, and its gradient stays; keep the optimizer or "
+                "its StepInBackward as long as it is to step, or call `remove()` before it goes",
+                stacklevel=2,
+            )
+            return
+        # By index: load_state_dict puts other groups in the place of these.
+        optimizer.step_parameter(param, optimizer.param_groups[group_index], i)
+        param.grad = UsedUpGradient(param)
+
+    return step_and_free
+
+
 class StepInBackward:
     """Steps the parameters of an optimizer during `backward()`, each as soon as its gradient is complete.
 
     No more than a few gradients exist at any time. The training loop keeps its `zero_grad()` and loses its `step()`.
-    Compilation happens here, ahead of the first backward.
+    Compilation happens here, ahead of the first backward. It ends with `remove()`, or when neither the optimizer nor this
+    object is referred to any more: the model keeps neither alive, and its next backward says so in a UserWarning.
 
     Args:
         optimizer: an `Adafactor` of unsharded parameters. Learning-rate schedules, new parameter groups, `state_dict` and
@@ -70,41 +119,16 @@ class StepInBackward:
         if any(isinstance(param, DTensor) for group in optimizer.param_groups for param in group["params"]):
             raise RuntimeError("StepInBackward steps parameters that are not sharded; ranks would wait for each other in it")
         self.optimizer = optimizer
-        self._handles: list[RemovableHandle] = []
         optimizer.warm_up()
+        self._hooks = Hooks()
         for index in range(len(optimizer.param_groups)):
-            self.attach(index)
-        optimizer._in_backward = self
+            self._hooks.attach(optimizer, index)
+        optimizer._in_backward = self._hooks
         optimizer._records.clear()
-
-    def attach(self, group_index: int) -> None:
-        """Hook the parameters of a group that take gradients."""
-        for i, param in enumerate(self.optimizer.param_groups[group_index]["params"]):
-            if param.requires_grad:
-                self._handles.append(param.register_post_accumulate_grad_hook(self._hook(group_index, i)))
-
-    def _hook(self, group_index: int, i: int) -> Any:
-        def step_and_free(param: Tensor) -> None:
-            # By index: load_state_dict puts other groups in the place of these.
-            self.optimizer.step_parameter(param, self.optimizer.param_groups[group_index], i)
-            param.grad = UsedUpGradient(param)
-
-        return step_and_free
-
-    def check(self) -> None:
-        """Raise RuntimeError for a gradient that no hook has seen."""
-        for number, param in enumerate(param for group in self.optimizer.param_groups for param in group["params"]):
-            if param.grad is not None and not isinstance(param.grad, UsedUpGradient):
-                raise RuntimeError(
-                    f"parameter {number} (shape {tuple(param.shape)}) has a gradient but is not stepped in backward, since it "
-                    "was frozen when StepInBackward was made; call its `remove()` and make another"
-                )
 
     def remove(self) -> None:
         """Go back to ordinary steps."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._hooks.remove()
         self.optimizer._in_backward = None
         self.optimizer._records.clear()
         for group in self.optimizer.param_groups:

@@ -48,7 +48,7 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any], dtype: t
     assert int(actual["step"]) == int(expected["step"]), where
     limit = TOLERANCES[dtype].state
     for key in set(expected) - {"step"}:
-        a, e = actual[key], torch.as_tensor(expected[key])
+        a, e = torch.as_tensor(actual[key]), torch.as_tensor(expected[key])
         assert a.shape == e.shape, (where, key)
         assert a.dtype == e.dtype or not isinstance(expected[key], Tensor), (where, key)
         error, magnitude = (a.double() - e.double()).abs(), e.double().abs()

@@ -62,7 +62,7 @@ class Exchange:
         self.group = _group_over(mesh, summed)
         self.ranks = math.prod(mesh.size(dim) for dim in summed)
         dtype = torch.float64 if any(param.dtype == torch.float64 for _, param in params) else torch.float32
-        device = params[0][1].to_local().device
+        self.device = device = params[0][1].to_local().device
         terms = [_terms(split_of(param), tuple(param.shape)) for _, param in params]
         self.first, first = _buffer(len(params), [x for x, _ in terms], dtype, device)
         self.second, second = _buffer(0, [x for _, x in terms], dtype, device)

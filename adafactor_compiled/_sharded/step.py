@@ -40,7 +40,8 @@ def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exch
         if isinstance(param, DTensor) and (param.requires_grad or param.grad is not None)
     ]
     known = [x for exchange in last for x in exchange.params]
-    if len(known) == len(sharded) and {(i, id(x)) for i, x in known} == {(i, id(x)) for i, x in sharded}:
+    same = len(known) == len(sharded) and {(i, id(x)) for i, x in known} == {(i, id(x)) for i, x in sharded}
+    if same and all(x.device == exchange.device for exchange in last for _, x in exchange.params):
         return last
     by_mesh = group_by_key(param.device_mesh for _, param in sharded)
     return [Exchange(mesh, [sharded[i] for i in chosen]) for mesh, chosen in by_mesh.items()]

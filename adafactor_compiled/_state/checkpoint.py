@@ -47,8 +47,10 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
 
 
 def portable(state: State) -> State:
-    """A copy whose step count is an int, as transformers reads it."""
-    return {key: int(value) if key == "step" else value for key, value in state.items()}
+    """A copy whose step count is an int, as transformers reads it; 0 where it has no memory."""
+    step = state.get("step", 0)
+    count = {"step": 0 if isinstance(step, Tensor) and step.is_meta else int(step)} if "step" in state else {}
+    return {**state, **count}
 
 
 def adopt(loaded: State, param: Tensor) -> State:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 import torch
@@ -43,8 +44,15 @@ def check(state: State, param: Tensor, group: Group, index: int) -> None:
 
 
 def complete(state: State, param: Tensor, group: Group) -> None:
-    """Add what a parameter's state lacks, and bring what is there to the dtype, device and layout that go with it."""
-    step = state.get("step", 0)
+    """Add what a parameter's state lacks, and bring what is there to the dtype, device and layout that go with it.
+
+    State on the meta device, of a parameter that has memory by now, has nothing in it: it begins anew, at step 0.
+    """
+    for key in (lost := [key for key, x in state.items() if isinstance(x, Tensor) and x.is_meta and not param.is_meta]):
+        del state[key]
+    if lost and not torch.compiler.is_compiling() and state.get("step", 0) > 0:
+        warnings.warn("state on the meta device begins anew; load checkpoints once parameters have memory", stacklevel=2)
+    step = 0 if lost else state.get("step", 0)
     # An int would be part of an outer compiled graph: one graph for each step. What is in a tensor stays there, unread.
     if group["capturable"] or torch.compiler.is_compiling() or isinstance(step, Tensor):
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
@@ -55,11 +63,12 @@ def complete(state: State, param: Tensor, group: Group) -> None:
     if group["capturable"] and not torch.compiler.is_compiling():
         # CUDA graphs made by torch.compile then update these in place; others they would copy in, and not step at all.
         for value in state.values():
-            torch._dynamo.mark_static_address(value)
+            if isinstance(value, Tensor):  # users keep other things there
+                torch._dynamo.mark_static_address(value)
 
 
 def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:
-    """The tensor itself, where it fits; zeros for none, and for one that never had memory."""
+    """The tensor itself, where it fits; zeros for none."""
     dtype, shape = compute_dtype(param.dtype), [param.shape[dim] for dim in dims]
     fits = isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device
     if isinstance(param, DTensor) and key != "RMS":
@@ -75,5 +84,5 @@ def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:
     else:
         new = torch.zeros(shape, dtype=dtype, device=param.device)
     if isinstance(value, Tensor):
-        return new if value.is_meta else new.copy_(value)
+        return new.copy_(value)
     return new if value is None else new.fill_(value)

@@ -19,12 +19,14 @@ from adafactor_compiled._state.options import Group
 def lr_to_tensor(group: Group) -> None:
     """Make a capturable group's learning rate a 0-dim tensor, which learning-rate schedulers then change in place.
 
-    A tensor that the user gave stays that tensor: the user may hold it to write to it.
+    A tensor that the user gave stays that tensor: the user may hold it to write to it. On the meta device the number would
+    be lost.
     """
     lr, params = group["lr"], group["params"]
     if group["capturable"] and params and isinstance(lr, (int, float)):
         dtype = functools.reduce(torch.promote_types, [compute_dtype(param.dtype) for param in params])
-        group["lr"] = torch.tensor(float(lr), dtype=dtype, device=params[0].device)
+        device = torch.device("cpu") if params[0].is_meta else params[0].device
+        group["lr"] = torch.tensor(float(lr), dtype=dtype, device=device)
 
 
 def is_captured(groups: Sequence[Group]) -> bool:

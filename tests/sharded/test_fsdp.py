@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
+from adafactor_compiled._sharded.step import exchanges_of
 
 SHAPES = [(64, 48), (7, 5), (3, 17), (1, 9), (6, 1), (130,), (3,), (1,), (5, 4, 3), (2, 3, 4), (5, 2, 3, 3), (90, 40), (0, 4)]
 
@@ -53,6 +55,36 @@ def check_options(mode: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", [{"foreach": False}, {"compile": False}], ids=["reference", "multi_tensor"])
 def test_training_equals_unsharded(ranks, size, mode):
     ranks(size).run(check_options, mode)
+
+
+def check_deferred(mode: dict[str, Any], **options: Any) -> None:
+    """Sharded on the meta device, given to an optimizer, then to memory: as an optimizer made last."""
+    with torch.device("meta"):
+        model = Bag(SHAPES)
+    fully_shard(model)
+    params = list(model.parameters())
+    optimizer = Adafactor(params, **mode, **options)
+    before = exchanges_of(optimizer.param_groups, ())
+    optimizer.summary()
+    model.to_empty(device="cpu")
+    assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
+    assert exchanges_of(optimizer.param_groups, before)[0].first.device.type == "cpu"
+    whole = [p.detach().clone().requires_grad_() for p in Bag(SHAPES).parameters()]
+    with torch.no_grad():
+        for p, q in zip(params, whole, strict=True):
+            p.copy_(distribute_tensor(q.detach(), p.device_mesh, p.placements, src_data_rank=None))
+    reference = Adafactor(whole, foreach=False, **options)
+    for step in range(3):
+        set_gradients(params, whole, step)
+        optimizer.step()
+        reference.step()
+    assert_same(optimizer, reference, params, whole)
+
+
+@pytest.mark.parametrize("mode", [{"foreach": False}, {"compile": False}], ids=["reference", "multi_tensor"])
+def test_deferred_initialisation(ranks, mode):
+    ranks(2).run(functools.partial(check_deferred, beta1=0.9, lr=1e-2, relative_step=False), mode)
+    ranks(2).run(functools.partial(check_deferred, capturable=True), mode)
 
 
 def check_dtype(dtype: torch.dtype, steps: int) -> None:

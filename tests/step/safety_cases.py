@@ -7,6 +7,7 @@ begins and how it ended: a line of JSON each.
 
 from __future__ import annotations
 
+import copy
 import functools
 import json
 import os
@@ -48,11 +49,11 @@ Change = Callable[[list[Tensor], Adafactor], None]
 
 
 def made(
-    path: str, dtype: torch.dtype = torch.float32, before: int = 0, **options: Any
+    path: str, dtype: torch.dtype = torch.float32, before: int = 0, device: str = "cpu", **options: Any
 ) -> tuple[torch.nn.ParameterList, Adafactor]:
     """A model, and an optimizer that has stepped it `before` times."""
     generator = torch.Generator().manual_seed(0)
-    model = torch.nn.ParameterList([torch.randn(shape, generator=generator).to(dtype) for shape in SHAPES])
+    model = torch.nn.ParameterList([torch.randn(shape, generator=generator).to(device, dtype) for shape in SHAPES])
     optimizer = Adafactor(model.parameters(), weight_decay=0.1, **PATHS[path], **options)
     for t in range(before):
         give_gradients(optimizer, t)
@@ -63,7 +64,7 @@ def made(
 def give_gradients(optimizer: Adafactor, seed: int) -> None:
     generator = torch.Generator().manual_seed(100 + seed)
     for p in params_of(optimizer):
-        grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        grad = torch.randn(p.shape, generator=generator).to("meta" if p.is_meta else "cpu", p.dtype)
         p.grad = Wrapped(grad) if isinstance(p, Wrapped) else grad
 
 
@@ -87,11 +88,15 @@ def reference_of(optimizer: Adafactor) -> Adafactor:
     for ours, theirs in zip(params_of(optimizer), params_of(reference), strict=True):
         theirs.grad = None if ours.grad is None else plain(ours.grad)
         state = reference.state[theirs]
+        if any(isinstance(x, Tensor) and x.is_meta for x in optimizer.state[ours].values()):
+            continue  # it begins anew
         for key, value in optimizer.state[ours].items():
             if key == "step":
                 state[key] = int(value)
-            elif not torch.as_tensor(value).is_meta:
+            elif key in state:
                 state[key] = plain(torch.as_tensor(value)).to(state[key].dtype)
+            else:
+                state[key] = value
     return reference
 
 
@@ -230,6 +235,74 @@ def clear(path: str) -> None:
     for state in optimizer.state.values():
         state.clear()
     check_steps(optimizer, path)
+
+
+def edit(path: str, of: Callable[[Adafactor], None], **options: Any) -> None:
+    _, optimizer = made(path, before=2, beta1=0.9, **options)
+    of(optimizer)
+    check_steps(optimizer, path)
+    of(optimizer)
+    check_steps(optimizer, path)
+
+
+def edit_each(of: Callable[[dict[str, Any]], Any]) -> Callable[[Adafactor], None]:
+    def edit_all(optimizer: Adafactor) -> None:
+        for state in optimizer.state.values():
+            of(state)
+
+    return edit_all
+
+
+EDITS: dict[str, Callable[[Adafactor], None]] = {
+    "all state cleared": lambda optimizer: optimizer.state.clear(),
+    "all state replaced": lambda optimizer: setattr(optimizer, "state", copy.deepcopy(optimizer.state)),
+    "step set back": edit_each(lambda state: state.update(step=0)),
+    "step a float": edit_each(lambda state: state.update(step=5.0)),
+    "step a tensor": edit_each(lambda state: state.update(step=torch.tensor(5))),
+    "moments filled in place": edit_each(lambda state: [x.fill_(0.5) for key, x in state.items() if key != "step"]),
+    "a key of the user's": edit_each(lambda state: state.update(seen=1)),
+    "a key taken out": edit_each(lambda state: state.pop("exp_avg")),
+}
+for name, of_optimizer in EDITS.items():
+    for capturable in (False, True):
+        case("state", f"{name}{', capturable' * capturable}")(functools.partial(edit, of=of_optimizer, capturable=capturable))
+
+
+def materialize(path: str, how: Callable[[torch.nn.ParameterList], None], before: int, **options: Any) -> None:
+    """An optimizer made on the meta device goes on as one that is made now."""
+    model, optimizer = made(path, before=before, beta1=0.9, device="meta", **options)
+    optimizer.zero_grad()
+    optimizer.state_dict()
+    with pytest.warns(UserWarning, match="begins anew") if before and not options else nullcontext():
+        how(model)
+        assert not any(p.is_meta for p in params_of(optimizer))
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for p in params_of(optimizer):
+                p.copy_(torch.randn(p.shape, generator=generator))
+        check_steps(optimizer, path)
+    assert {int(state["step"]) for state in optimizer.state.values()} == {2}
+
+
+def swap_by_module(model: torch.nn.ParameterList) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        model.to_empty(device="cpu")
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def swap_each(model: torch.nn.ParameterList) -> None:
+    for p in model:
+        torch.utils.swap_tensors(p, torch.nn.Parameter(torch.empty(p.shape)))
+
+
+for name, how in {"to_empty": swap_by_module, "swap_tensors": swap_each}.items():
+    for before in (0, 2):
+        for options_ in ({}, {"capturable": True}, {"capturable": True, "lr": 1e-2, "relative_step": False}):
+            case("state", f"{name} of meta parameters, {before} steps before{''.join(f', {key}' for key in options_)}")(
+                functools.partial(materialize, how=how, before=before, **options_)
+            )
 
 
 @case("state", "other parameters, of other shapes, in the same objects")
