@@ -44,4 +44,4 @@ class Members(NamedTuple):
 
     def part(self, start: int, stop: int) -> Members:
         """Some of them."""
-        return Members(*(None if x is None else x[start:stop] for x in self))
+        return Members(*(None if x is None else x[start:stop] for x in self))  # type: ignore[arg-type]

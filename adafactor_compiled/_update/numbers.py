@@ -87,7 +87,8 @@ def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: tor
     Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
     """
     row = plain_numbers(group, step)
-    if not any(isinstance(x, Tensor) for x in row):
+    # A list or a fill of numbers would be constants of a graph, and each learning rate another one; see `_fill`.
+    if not any(isinstance(x, Tensor) for x in row) and not torch.compiler.is_compiling():
         return to_device(torch.tensor(row, dtype=dtype, device="cpu"), device)
     shape = step.shape if isinstance(step, Tensor) else ()
     return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
@@ -129,6 +130,8 @@ def _count(step: int | Tensor) -> int | None:
 
 def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     if not isinstance(value, Tensor):
+        if torch.compiler.is_compiling():
+            return torch.ones(shape, dtype=dtype, device=device) * value
         return torch.full(shape, value, dtype=dtype, device=device)
     if value.numel() == 1:
         value = value.reshape(())

@@ -98,6 +98,13 @@ def test_what_recompiles(name):
     assert loop.compiles == compiles
 
 
+def test_what_recompiles_under_the_default_backend():
+    """It takes the value of a number for granted wherever the graph does not compute with it by operations on tensors."""
+    loop = Loop(seeded(Mixed), manual(capturable=False, compile=False), with_lambda, backend="inductor")
+    loop.run(6)
+    assert loop.compiles == 2
+
+
 @st.composite
 def loops(draw):
     relative_step = draw(st.booleans())
