@@ -129,13 +129,15 @@ def _count(step: int | Tensor) -> int | None:
 
 
 def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    filled: Tensor
     if not isinstance(value, Tensor):
         if torch.compiler.is_compiling():
-            return torch.ones(shape, dtype=dtype, device=device) * value
+            filled = torch.ones(shape, dtype=dtype, device=device) * value
+            return filled
         return torch.full(shape, value, dtype=dtype, device=device)
     if value.numel() == 1:
         value = value.reshape(())
-    filled: Tensor = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
+    filled = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
     return filled
 
 
