@@ -54,7 +54,7 @@ def _step(members: Members) -> Tensor:
         to = members.params[0].dtype
         for x, draws in zip(params, members.draws.unbind(), strict=True):
             x.copy_(rounded(x, noise_of(draws, x.shape, to), to))
-    if params is not members.params:
+    if members.params[0].dtype != dtype:  # else they are what was written
         torch._foreach_copy_(members.params, params)
     return torch.stack([rms, update_rms])
 
