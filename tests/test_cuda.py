@@ -1,6 +1,7 @@
 """What only a GPU can show. Run with `pytest -m cuda` on a machine with CUDA."""
 
 import copy
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -204,6 +205,15 @@ def test_capture_of_what_cannot_be_captured(options):
         optimizer.step()
 
 
+@contextmanager
+def waiting_is_an_error():
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_step_never_waits_for_the_device(path, capturable):
@@ -215,11 +225,8 @@ def test_a_step_never_waits_for_the_device(path, capturable):
         if t < 2:
             optimizer.step()
             continue
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_overflow_is_decided_on_the_device():
@@ -365,8 +372,5 @@ def test_a_sharded_step_never_waits_for_the_device(one_rank, path):
         if t < 2:
             optimizer.step()
             continue
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with waiting_is_an_error():
             optimizer.step()
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

@@ -48,7 +48,8 @@ def complete(state: State, param: Tensor, group: Group) -> None:
 
     State on the meta device, of a parameter that has memory by now, has nothing in it: it begins anew, at step 0.
     """
-    for key in (lost := [key for key, x in state.items() if isinstance(x, Tensor) and x.is_meta and not param.is_meta]):
+    lost = [key for key, x in state.items() if isinstance(x, Tensor) and x.is_meta and not param.is_meta]
+    for key in lost:
         del state[key]
     if lost and not torch.compiler.is_compiling() and state.get("step", 0) > 0:
         warnings.warn("state on the meta device begins anew; load checkpoints once parameters have memory", stacklevel=2)

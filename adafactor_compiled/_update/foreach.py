@@ -54,7 +54,7 @@ def _step(members: Members) -> Tensor:
         to = members.params[0].dtype
         for x, draws in zip(params, members.draws.unbind(), strict=True):
             x.copy_(rounded(x, noise_of(draws, x.shape, to), to))
-    if members.params[0].dtype != dtype:  # else they are what was written
+    if members.params[0].dtype != dtype:  # else these are the parameters themselves
         torch._foreach_copy_(members.params, params)
     return torch.stack([rms, update_rms])
 

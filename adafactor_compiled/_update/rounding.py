@@ -61,8 +61,9 @@ def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> lis
 def draws_from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
     """The draws of a part that begins at this slice and row."""
     draws = draws.clone()
-    for place, first in zip(range(FIRST.start, FIRST.stop), (first_slice, first_row), strict=False):
-        draws[place] += first
+    first = draws[FIRST]
+    first[0] += first_slice
+    first[1] += first_row
     return draws
 
 
