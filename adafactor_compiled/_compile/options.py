@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ CPU: dict[str, Any] = {
 if matrices.AVX2:
     # Inductor tries vector instructions out, with the C++ compiler: 4 s. All compilers know these; of newer ones that is open.
     CPU["cpp.vec_isa_ok"] = True
+if os.environ.get("ATEN_CPU_CAPABILITY") == "default":
+    # As Inductor chooses by itself, but its cache does not tell by which choice code was made, and would give it to the others.
+    CPU["cpp.simdlen"] = 1
 # Loads with a stride, which Inductor would rather not vectorize at all: the sums of 3 x 3 kernels take half the time with it. A
 # load of less than a vector takes as much code as eight others: they compile in half the time without.
 STRIDED = {"cpp.enable_tiling_heuristics": False, "cpp.enable_loop_tail_vec": False}
