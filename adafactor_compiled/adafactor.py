@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import UninitializedParameter
 from torch.optim import Optimizer
 
 from adafactor_compiled._sharded.exchange import Exchange
@@ -181,14 +182,16 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: as at construction; the optimizer is then as it was.
         """
-        param_group = options.plain(param_group)
-        params = checked_parameters(param_group, self.defaults, self.param_groups)
-        super().add_param_group({**param_group, "params": params})
+        if isinstance(param_group, dict):  # else torch says so
+            param_group = options.plain(param_group)
+            param_group["params"] = checked_parameters(param_group, self.defaults, self.param_groups)
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
-        capture.lr_to_tensor(group)
-        for param in group["params"]:
-            if param.requires_grad:
-                moments.complete(self.state[param], param, group)
+        with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+            capture.lr_to_tensor(group)
+            for param in group["params"]:
+                if param.requires_grad and not isinstance(param, UninitializedParameter):
+                    moments.complete(self.state[param], param, group)
         if self._in_backward is not None:
             self._in_backward.attach(self, len(self.param_groups) - 1)
 
@@ -252,7 +255,10 @@ class Adafactor(Optimizer):
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
             run(plan_of(entries, None), entries, exchanges_of(self.param_groups, ()), True)
             return
-        plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
+        last = self._plans.get(alone)
+        plan = self._plans[alone] = plan_of(entries, last)
+        if plan is not last and alone is None:
+            moments.forget_replaced(self.state, self.param_groups)
         compiles = self._compilation.compiles(plan, self.param_groups, self.show_progress)
         if alone is None:
             self._exchanges = exchanges_of(self.param_groups, self._exchanges)
@@ -311,6 +317,7 @@ class Adafactor(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
+        moments.forget_replaced(self.state, self.param_groups)
         state_dict = super().state_dict()
         state_dict["state"] = {key: checkpoint.portable(state) for key, state in state_dict["state"].items()}
         return state_dict

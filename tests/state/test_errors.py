@@ -120,7 +120,7 @@ def test_checkpoint_with_a_bad_option(options: dict[str, Any], message: str) -> 
     ("params", "message"),
     [
         ([param(dtype=torch.complex64)], "Adafactor does not support complex parameters but parameter 0 of shape (3, 4)"),
-        ([param(), torch.ones(2, dtype=torch.float8_e5m2)], "but parameter 1 of shape (2,) is torch.float8_e5m2"),
+        ([param(), torch.ones(2).to(torch.float8_e5m2).requires_grad_()], "but parameter 1 of shape (2,) is torch.float8_e5m2"),
         (
             [{"params": [param()], "weight_deacy": 0.1}],
             "unknown key in a parameter group: 'weight_deacy', which is close to `weight_decay`",
