@@ -51,8 +51,9 @@ class Adafactor(Optimizer):
     fewer than two dimensions keeps its whole second moment.
 
     Args:
-        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16). DTensors, sharded
-            or replicated, step where they lie; a step is then collective over their meshes, and the same on all of its ranks.
+        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16; frozen ones may have
+            any dtype). DTensors, sharded or replicated, step where they lie; a step is then collective over their meshes, and
+            the same on all of its ranks.
         lr: the learning rate, a number or a tensor with one element; None with `relative_step`.
         eps: what is added to the squared gradient, and the least RMS by which the learning rate is scaled.
         clip_threshold: the largest RMS of an update before the learning rate; None clips nothing.
@@ -84,8 +85,8 @@ class Adafactor(Optimizer):
     shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
 
     Raises:
-        ValueError: an option that is not what it must be or is misspelled, or a parameter of another dtype; at construction,
-            in `add_param_group` and in `load_state_dict`.
+        ValueError: an option that is not what it must be or is misspelled, a parameter of another dtype, or one that is twice
+            in its group; at construction, in `add_param_group` and in `load_state_dict`.
         TypeError: an overridden `_get_options`, `_rms` or `_approx_sq_grad`, which steps would not call.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
             `compile=True` without a working toolchain.
@@ -104,7 +105,8 @@ class Adafactor(Optimizer):
         - `load_state_dict` keeps float32 state of half-precision parameters.
         - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
         - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
-        - Complex parameters raise. `clip_threshold=None` turns clipping off. A parameter's NaN stays in its learning rate.
+        - Complex parameters raise, and one that is twice in its group. `clip_threshold=None` turns clipping off.
+        - A parameter's NaN stays in its learning rate.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
         - State is made at construction rather than at the first step; what was made on the meta device begins anew elsewhere.
 
