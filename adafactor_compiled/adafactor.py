@@ -185,8 +185,9 @@ class Adafactor(Optimizer):
             ValueError: as at construction; the optimizer is then as it was.
         """
         if isinstance(param_group, dict):  # else torch says so
-            param_group = options.plain(param_group)
-            param_group["params"] = checked_parameters(param_group, self.defaults, self.param_groups)
+            plain = options.plain(param_group)
+            params = checked_parameters(plain, self.defaults, self.param_groups)
+            param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         with torch.inference_mode(False):  # steps outside of it could not write to what is made in it

@@ -432,7 +432,7 @@ def sharpness_aware(make: Make) -> Iterable[Tensor]:
 
 @program
 def subclass_of_the_class(make: Make) -> Iterable[Tensor]:
-    """Horovod, detectron2: a class made from that of an optimizer, by type(), over its groups."""
+    """Horovod, detectron2: a class made from that of an optimizer, by type(), over its groups, which a schedule has as well."""
     model = model_of()
 
     def __init__(self: Any, params: Any) -> None:
@@ -443,8 +443,8 @@ def subclass_of_the_class(make: Make) -> Iterable[Tensor]:
         return super(type(self), self).step(closure)
 
     base = make(model.parameters(), weight_decay=0.1, **SETTINGS)
+    schedule = LambdaLR(base, lambda t: 0.5**t)
     optimizer = type("Distributed", (type(base),), {"__init__": __init__, "step": step})(base.param_groups)
-    schedule = LambdaLR(optimizer, lambda t: 0.5**t)
     for t in range(3):
         train(model, optimizer, 1, start=t)
         schedule.step()
