@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import UninitializedParameter
 from torch.optim import Optimizer
 
 from adafactor_compiled._sharded.exchange import Exchange
@@ -50,8 +51,9 @@ class Adafactor(Optimizer):
     fewer than two dimensions keeps its whole second moment.
 
     Args:
-        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16). DTensors, sharded
-            or replicated, step where they lie; a step is then collective over their meshes, and the same on all of its ranks.
+        params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16; frozen ones may have
+            any dtype). DTensors, sharded or replicated, step where they lie; a step is then collective over their meshes, and
+            the same on all of its ranks.
         lr: the learning rate, a number or a tensor with one element; None with `relative_step`.
         eps: what is added to the squared gradient, and the least RMS by which the learning rate is scaled.
         clip_threshold: the largest RMS of an update before the learning rate; None clips nothing.
@@ -83,8 +85,8 @@ class Adafactor(Optimizer):
     shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
 
     Raises:
-        ValueError: an option that is not what it must be or is misspelled, or a parameter of another dtype; at construction,
-            in `add_param_group` and in `load_state_dict`.
+        ValueError: an option that is not what it must be or is misspelled, a parameter of another dtype, or one that is twice
+            in its group; at construction, in `add_param_group` and in `load_state_dict`.
         TypeError: an overridden `_get_options`, `_rms` or `_approx_sq_grad`, which steps would not call.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
             `compile=True` without a working toolchain.
@@ -103,7 +105,8 @@ class Adafactor(Optimizer):
         - `load_state_dict` keeps float32 state of half-precision parameters.
         - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
         - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
-        - Complex parameters raise. `clip_threshold=None` turns clipping off. A parameter's NaN stays in its learning rate.
+        - Complex parameters raise, and one that is twice in its group. `clip_threshold=None` turns clipping off.
+        - A parameter's NaN stays in its learning rate.
         - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
         - State is made at construction rather than at the first step; what was made on the meta device begins anew elsewhere.
 
@@ -181,14 +184,17 @@ class Adafactor(Optimizer):
         Raises:
             ValueError: as at construction; the optimizer is then as it was.
         """
-        param_group = options.plain(param_group)
-        params = checked_parameters(param_group, self.defaults, self.param_groups)
-        super().add_param_group({**param_group, "params": params})
+        if isinstance(param_group, dict):  # else torch says so
+            plain = options.plain(param_group)
+            params = checked_parameters(plain, self.defaults, self.param_groups)
+            param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
+        super().add_param_group(param_group)
         group = self.param_groups[-1]
-        capture.lr_to_tensor(group)
-        for param in group["params"]:
-            if param.requires_grad:
-                moments.complete(self.state[param], param, group)
+        with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+            capture.lr_to_tensor(group)
+            for param in group["params"]:
+                if param.requires_grad and not isinstance(param, UninitializedParameter):
+                    moments.complete(self.state[param], param, group)
         if self._in_backward is not None:
             self._in_backward.attach(self, len(self.param_groups) - 1)
 
@@ -252,7 +258,10 @@ class Adafactor(Optimizer):
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
             run(plan_of(entries, None), entries, exchanges_of(self.param_groups, ()), True)
             return
-        plan = self._plans[alone] = plan_of(entries, self._plans.get(alone))
+        last = self._plans.get(alone)
+        plan = self._plans[alone] = plan_of(entries, last)
+        if plan is not last and alone is None:
+            moments.forget_replaced(self.state, self.param_groups)
         compiles = self._compilation.compiles(plan, self.param_groups, self.show_progress)
         if alone is None:
             self._exchanges = exchanges_of(self.param_groups, self._exchanges)
@@ -311,6 +320,7 @@ class Adafactor(Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
+        moments.forget_replaced(self.state, self.param_groups)
         state_dict = super().state_dict()
         state_dict["state"] = {key: checkpoint.portable(state) for key, state in state_dict["state"].items()}
         return state_dict

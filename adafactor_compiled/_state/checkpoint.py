@@ -60,6 +60,8 @@ def adopt(loaded: State, param: Tensor) -> State:
 
 
 def _adopted(key: str, value: Tensor, param: Tensor) -> Tensor:
+    if key not in shapes_of(param, momentum=True):  # another tool's: as it was
+        return value.detach().to(param.device, copy=True)
     dtype = compute_dtype(param.dtype)
     if isinstance(param, DTensor) and key != "RMS":
         return placements.placed(value, param, dims_of(key, param.ndim), dtype)
@@ -91,7 +93,7 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     for position, (index, param) in enumerate(zip(indices, params, strict=True)):
         if wants_rounding(param.dtype, rounds[position]):
             placements.checked_origin(param, position)
-        if index in state_dict["state"]:
+        if state_dict["state"].get(index):
             _check_loaded(state_dict["state"][index], param, position)
     return {**state_dict, "param_groups": filled}
 
@@ -100,7 +102,7 @@ def loaded_states(state_dict: dict[str, Any]) -> Iterator[tuple[int, State]]:
     """(position over all groups, state) of a checkpoint's parameters."""
     indices = [index for group in state_dict["param_groups"] for index in group["params"]]
     for position, index in enumerate(indices):
-        if index in state_dict["state"]:
+        if state_dict["state"].get(index):  # empty where a tool looked for what was never stepped
             yield position, state_dict["state"][index]
 
 

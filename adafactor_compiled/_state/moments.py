@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -66,6 +67,18 @@ def complete(state: State, param: Tensor, group: Group) -> None:
         for value in state.values():
             if isinstance(value, Tensor):  # users keep other things there
                 torch._dynamo.mark_static_address(value)
+
+
+def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:
+    """Drop the state of parameters that have left their groups and were never stepped: what makes it would make it again.
+
+    Tools put copies of their own in the place of parameters, and `state_dict` knows no state of others.
+    """
+    kept = {id(param) for group in groups for param in group["params"]}
+    for param in [x for x in states if isinstance(x, Tensor) and id(x) not in kept]:
+        step = states[param].get("step", 1)
+        if (isinstance(step, Tensor) and step.is_meta) or step == 0:
+            del states[param]
 
 
 def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:

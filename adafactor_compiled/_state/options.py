@@ -132,21 +132,22 @@ def wants_rounding(dtype: torch.dtype, stochastic_rounding: bool) -> bool:
     return stochastic_rounding and dtype in (torch.bfloat16, torch.float16)
 
 
-def check_parameter(param: Tensor, index: int) -> None:
+def check_parameter(param: Tensor, index: int, error: type[Exception] = ValueError) -> None:
     if param.is_complex():
-        raise ValueError(
+        raise error(
             f"Adafactor does not support complex parameters but parameter {index} of shape {tuple(param.shape)} is "
             f"{param.dtype}; pass torch.view_as_real of it"
         )
     if param.dtype not in PARAMETER_DTYPES:
-        raise ValueError(
+        raise error(
             f"Adafactor steps parameters of {', '.join(map(str, PARAMETER_DTYPES))} but parameter {index} of shape "
             f"{tuple(param.shape)} is {param.dtype}"
         )
 
 
 def check_gradient(param: Tensor, grad: Tensor, index: int) -> None:
-    """Raise RuntimeError for a gradient that does not fit its parameter."""
+    """Raise RuntimeError for a gradient that does not fit its parameter, or that one that was frozen should not have."""
+    check_parameter(param, index, RuntimeError)
     if grad.is_sparse or grad.layout is not torch.strided:
         raise RuntimeError("Adafactor does not support sparse gradients.")
     if grad.shape != param.shape or grad.device != param.device:

@@ -6,13 +6,11 @@ anew each time.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._state.options import Group
 
 
@@ -24,7 +22,7 @@ def lr_to_tensor(group: Group) -> None:
     """
     lr, params = group["lr"], group["params"]
     if group["capturable"] and params and isinstance(lr, (int, float)):
-        dtype = functools.reduce(torch.promote_types, [compute_dtype(param.dtype) for param in params])
+        dtype = torch.float64 if any(param.dtype is torch.float64 for param in params) else torch.float32
         device = torch.device("cpu") if params[0].is_meta else params[0].device
         group["lr"] = torch.tensor(float(lr), dtype=dtype, device=device)
 

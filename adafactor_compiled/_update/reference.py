@@ -20,7 +20,11 @@ def step_parameter(
     `update_rms`, 0-dim, receives the RMS of the update before clipping. `draws` are for stochastic rounding.
     """
     compute_dtype = state["RMS"].dtype
-    p, g = param.to(compute_dtype), grad.to(compute_dtype)  # p is param itself unless that is half-precision
+    g = grad.to(compute_dtype)
+    if type(param.detach()) is Tensor:
+        p = param.to(compute_dtype)  # param itself unless that is half-precision
+    else:  # a subclass, as of weights that are kept quantized, which know how to be copied and little else
+        p = torch.empty(param.shape, dtype=compute_dtype, device=param.device).copy_(param)
     step, (eps, min_scale) = state["step"], group["eps"]
     step = step.to(compute_dtype) if isinstance(step, torch.Tensor) else step
 

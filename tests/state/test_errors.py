@@ -120,19 +120,41 @@ def test_checkpoint_with_a_bad_option(options: dict[str, Any], message: str) -> 
     ("params", "message"),
     [
         ([param(dtype=torch.complex64)], "Adafactor does not support complex parameters but parameter 0 of shape (3, 4)"),
-        ([param(), torch.ones(2, dtype=torch.float8_e5m2)], "but parameter 1 of shape (2,) is torch.float8_e5m2"),
+        ([param(), torch.ones(2).to(torch.float8_e5m2).requires_grad_()], "but parameter 1 of shape (2,) is torch.float8_e5m2"),
         (
             [{"params": [param()], "weight_deacy": 0.1}],
             "unknown key in a parameter group: 'weight_deacy', which is close to `weight_decay`",
         ),
         ([], "optimizer got an empty parameter list"),
         ([{"params": [shared := param()]}, {"params": [shared]}], "some parameters appear in more than one parameter group"),
+        ([param(), twice := param(), twice], "parameter group 0 holds a parameter twice"),
     ],
-    ids=["complex", "float8", "typo", "empty list", "shared"],
+    ids=["complex", "float8", "typo", "empty list", "shared", "twice"],
 )
 def test_parameters(params: Any, message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
         Adafactor(params)
+
+
+@pytest.mark.parametrize(
+    "params", [[{"params": {param()}}], [[param()]], [1.0], param()], ids=["set", "lists", "number", "tensor"]
+)
+def test_parameters_that_torch_refuses(params: Any) -> None:
+    with pytest.raises(TypeError) as ours:
+        Adafactor(params)
+    with pytest.raises(TypeError) as theirs:
+        torch.optim.SGD(params)
+    assert str(ours.value) == str(theirs.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.complex64, torch.float8_e5m2])
+def test_frozen_parameter_that_is_to_be_stepped_after_all(dtype: torch.dtype) -> None:
+    frozen, other = torch.ones(2).to(dtype), param()
+    optimizer = Adafactor([frozen, other], compile=False)
+    frozen.grad, other.grad = torch.ones(2).to(dtype), torch.ones(3, 4)
+    with pytest.raises(RuntimeError, match=f"parameter 0 of shape .* is {dtype}"):
+        optimizer.step()
+    assert optimizer.state[other]["step"] == 0
 
 
 def test_unknown_argument() -> None:
