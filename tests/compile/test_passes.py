@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -201,35 +199,6 @@ def test_another_number_of_threads_compiles_for_every_shape() -> None:
             torch.set_num_threads(threads)
         reference.step()
         torch.testing.assert_close(params, twins)
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-# option, whether standard error is a terminal, whether a bar is shown
-BARS = [(None, True, True), (None, False, False), (True, False, True), (False, True, False)]
-
-
-@pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize(("show_progress", "terminal", "shown"), BARS)
-def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Terminal() if terminal else io.StringIO()
-    optimizer = Adafactor(make([(4, 6), (7,)]), compile=True, show_progress=show_progress)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", stream)
-        optimizer.warm_up()
-    text = stream.getvalue()
-    assert bool(text) == shown
-    if shown:
-        assert "compiling Adafactor [" in text
-        assert "0/2" in text  # a matrix, and vectors
-        assert text.endswith("\r\x1b[K")  # the bar vanishes
-    with monkeypatch.context() as patch:  # nothing is left to compile, nothing to show
-        patch.setattr(sys, "stderr", again := Terminal())
-        optimizer.warm_up()
-    assert "compiling" not in again.getvalue()
 
 
 def test_more_environments_than_the_recompile_limit() -> None:
