@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import params_of
 from paths import PATHS
 from tolerances import assert_same_parameter, assert_same_state
 from torch import Tensor
@@ -46,10 +47,6 @@ def give_gradients(optimizer: Adafactor, seed: int) -> None:
     for p in params_of(optimizer):
         grad = torch.randn(p.shape, generator=generator).to("meta" if p.is_meta else "cpu", p.dtype)
         p.grad = Wrapped(grad) if isinstance(p, Wrapped) else grad
-
-
-def params_of(optimizer: Adafactor) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 class Wrapped(Tensor):

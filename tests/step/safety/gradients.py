@@ -6,9 +6,10 @@ import functools
 from collections.abc import Callable
 
 import torch
+from parameters import params_of
 from torch import Tensor
 
-from safety.cases import assert_same, case, check_error, check_steps, give_gradients, made, params_of, plain, reference_of
+from safety.cases import assert_same, case, check_error, check_steps, give_gradients, made, plain, reference_of
 
 
 def negative(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import params_of
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
-from safety.cases import case, check_error, check_steps, give_gradients, made, params_of
+from safety.cases import case, check_error, check_steps, give_gradients, made
 
 
 def replace(path: str, of: Callable[[Tensor], Any], keys: tuple[str, ...], before: int, message: str | None) -> None:
