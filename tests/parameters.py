@@ -25,3 +25,13 @@ def set_gradients(params: Sequence[Tensor], seed: int, scale: float = 1.0) -> No
 def params_of(of: Optimizer | Sequence[dict[str, Any]]) -> list[Tensor]:
     """Of all groups, in their order."""
     return [p for group in (of.param_groups if isinstance(of, Optimizer) else of) for p in group["params"]]
+
+
+@torch.no_grad()
+def take_over(reference: Optimizer, optimizer: Optimizer) -> None:
+    """Have a reference go on from the bits of another optimizer, so that differences of rounding do not pile up."""
+    for q, p in zip(params_of(reference), params_of(optimizer), strict=True):
+        q.copy_(p)
+        for key, value in reference.state[q].items():
+            if isinstance(value, Tensor):
+                value.copy_(optimizer.state[p][key])

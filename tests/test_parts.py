@@ -42,7 +42,7 @@ def test_results(options: dict[str, Any], rms: Any) -> None:
 
 
 def halved(base: Any) -> Any:
-    class Halved(base):  # type: ignore[misc]
+    class Halved(base):
         seen: ClassVar[list[tuple[Any, int]]] = []
 
         @staticmethod
@@ -152,18 +152,18 @@ def test_a_tool_binds_its_own_step(options: dict[str, Any]) -> None:
 def test_a_tool_steps_in_backward() -> None:
     ours, theirs = parameters(SHAPES), parameters(SHAPES)
     optimizer, expected = Adafactor(ours, compile=False), TransformersAdafactor(theirs)
-    optimizer.step_parameter = types.MethodType(step_of_a_tool, optimizer)  # type: ignore[method-assign]
+    optimizer.step_parameter = types.MethodType(step_of_a_tool, optimizer)
 
     @torch.no_grad()
     def step(p: Tensor) -> None:
-        optimizer.step_parameter(p, optimizer.param_groups[0])  # type: ignore[call-arg]
+        optimizer.step_parameter(p, optimizer.param_groups[0])
         p.grad = None
 
     for p in ours:
         p.register_post_accumulate_grad_hook(step)
     for _ in range(2):
         for params in (ours, theirs):
-            sum((p * p).sum() for p in params).backward()  # type: ignore[union-attr]
+            sum((p * p).sum() for p in params).backward()
         expected.step()
         expected.zero_grad()
         same(ours, theirs)
