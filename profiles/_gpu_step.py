@@ -17,17 +17,18 @@ from typing import Any, NamedTuple
 import torch
 from _shared import fake_gpu
 
+# ruff: noqa: E402
 fake_gpu.install()  # before the package looks for a GPU
 
-import torch._inductor.config as inductor_config  # noqa: E402
-from _generated import Eager, Graph, Launch, recorded  # noqa: E402
-from _networks import by_shape  # noqa: E402
-from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
+import torch._inductor.config as inductor_config
+from _generated import Eager, Graph, Launch, recorded
+from _networks import by_shape
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from adafactor_compiled import Adafactor  # noqa: E402
-from adafactor_compiled._compile import passes  # noqa: E402
-from adafactor_compiled._compile.examples import Pass  # noqa: E402
-from adafactor_compiled._step import plan  # noqa: E402
+from adafactor_compiled import Adafactor
+from adafactor_compiled._compile import passes
+from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._step import plan
 
 LARGE = 1.0  # bytes an element that make a kernel a large one
 

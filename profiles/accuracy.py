@@ -9,6 +9,7 @@ are subtracted. The largest error of few elements is a matter of luck: up to a m
 from __future__ import annotations
 
 import argparse
+import importlib
 import math
 import statistics
 from collections.abc import Callable, Iterator
@@ -93,7 +94,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     shapes = [shape for shape in (QUICK if options.quick else distinct_shapes()) if math.prod(shape) <= options.most_numel]
     keys, missing = list(CONTENDERS), {}
     try:
-        import transformers.optimization  # noqa: F401
+        importlib.import_module("transformers.optimization")
     except ImportError as error:
         keys.pop()
         missing["transformers"] = str(error)

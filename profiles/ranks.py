@@ -97,7 +97,7 @@ def measure(rank: int, ranks: int, store: str, shapes: list[Shape], rounds: int,
     optimizers = {name: make(sharded_parameters(shapes)) for name, make in makers.items()}
     for turn in range(ranks):  # the first compiles, and the others find it on the disk
         if turn == rank:
-            optimizers[ADAFACTOR].warm_up()  # type: ignore[attr-defined]
+            optimizers[ADAFACTOR].warm_up()
         dist.barrier()
     buffer = torch.zeros(sent_numbers(shapes))
     steps: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in optimizers.items()}

@@ -15,6 +15,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from parameters import take_over
 from tolerances import assert_same_parameter, assert_same_state
 from torch import Tensor, nn
 from torch._dynamo import lookup_backend
@@ -176,7 +177,7 @@ class Loop:
                 self.optimizer.param_groups[0]["lr"].fill_(set_lr(t))
                 self.reference.param_groups[0]["lr"] = set_lr(t)
             if compare:
-                self.realign()
+                take_over(self.reference, self.optimizer)
                 self.eager_step(batch)
             self.step(batch)
             for schedule in self.schedules:
@@ -184,19 +185,8 @@ class Loop:
             if compare:
                 self.assert_alike(f"step {t}")
 
-    def pairs(self) -> Iterator[tuple[Any, Any]]:
-        return zip(self.model.parameters(), self.reference_model.parameters(), strict=True)
-
-    @torch.no_grad()
-    def realign(self) -> None:
-        for param, reference in self.pairs():
-            reference.copy_(param)
-            for key, value in self.reference.state[reference].items():
-                if isinstance(value, Tensor):
-                    value.copy_(self.optimizer.state[param][key])
-
     def assert_alike(self, where: str) -> None:
-        for param, reference in self.pairs():
+        for param, reference in zip(self.model.parameters(), self.reference_model.parameters(), strict=True):
             assert_same_parameter(param, reference, "in a compiled loop", where=where)
             state = self.optimizer.state[param]
             assert_same_state(state, self.reference.state[reference], param.dtype, where)

@@ -10,26 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from parameters import parameters, set_gradients
+from paths import PATHS
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 import adafactor_compiled
 from adafactor_compiled import Adafactor
 
-PATHS = [{"foreach": False}, {"compile": False}, {"compile": True}]
-on_every_path = pytest.mark.parametrize("path", PATHS, ids=["reference", "multi-tensor", "compiled"])
-
-
-def make_params() -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(6, 8), (6, 8), (7,), ()]
-    return [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
-
-
-def set_gradients(params: list[Tensor], seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
+SHAPES = [(6, 8), (6, 8), (7,), ()]
+on_every_path = pytest.mark.parametrize("path", PATHS.values(), ids=PATHS)
 
 
 def test_exports() -> None:
@@ -46,7 +36,7 @@ def test_signature_begins_with_that_of_transformers() -> None:
 
 def test_positional_arguments() -> None:
     values = (1e-3, [1e-20, 1e-2], 0.5, -0.7, 0.9, 0.1, False, False, False)
-    ours, theirs = Adafactor(make_params(), *values), TransformersAdafactor(make_params(), *values)
+    ours, theirs = Adafactor(parameters(SHAPES), *values), TransformersAdafactor(parameters(SHAPES), *values)
     assert {key: ours.defaults[key] for key in theirs.defaults} == theirs.defaults
 
 
@@ -57,7 +47,7 @@ def test_group_options_are_those_of_separate_optimizers(path: dict[str, Any]) ->
         {"warmup_init": True, "clip_threshold": None, "decay_rate": -0.5},
         {"scale_parameter": False, "eps": [1e-20, 0.1], "maximize": True},
     ]
-    together, apart = [make_params() for _ in options], [make_params() for _ in options]
+    together, apart = [parameters(SHAPES) for _ in options], [parameters(SHAPES) for _ in options]
     one = Adafactor([{"params": params, **option} for params, option in zip(together, options, strict=True)], **path)
     several = [Adafactor(params, **option, **path) for params, option in zip(apart, options, strict=True)]
     for t in range(2):
@@ -71,11 +61,11 @@ def test_group_options_are_those_of_separate_optimizers(path: dict[str, Any]) ->
 
 
 def test_groups_may_take_different_paths() -> None:
-    params = [make_params() for _ in PATHS]
-    optimizer = Adafactor([{"params": p, **path} for p, path in zip(params, PATHS, strict=True)])
+    params = [parameters(SHAPES) for _ in PATHS]
+    optimizer = Adafactor([{"params": p, **path} for p, path in zip(params, PATHS.values(), strict=True)])
     for _ in range(2):
         for group in params:
-            set_gradients(group)
+            set_gradients(group, 1)
         optimizer.step()
     for others in params[1:]:
         for p, q in zip(params[0], others, strict=True):
@@ -85,9 +75,9 @@ def test_groups_may_take_different_paths() -> None:
 @on_every_path
 def test_add_param_group_after_steps(path: dict[str, Any]) -> None:
     """The newcomers begin at step one, and the others go on."""
-    params, late = make_params(), make_params()
+    params, late = parameters(SHAPES), parameters(SHAPES)
     optimizer = Adafactor(params, **path)
-    twin, late_twin = make_params(), make_params()
+    twin, late_twin = parameters(SHAPES), parameters(SHAPES)
     expected, expected_late = Adafactor(twin, foreach=False), Adafactor(late_twin, weight_decay=0.1, foreach=False)
     for t in range(4):
         if t == 2:
@@ -129,9 +119,9 @@ def test_hooks_and_subclasses(path: dict[str, Any]) -> None:
             self.steps += 1
             return super().step(closure)
 
-    params = make_params()
+    params = parameters(SHAPES)
     counting = Counting(params, **path)
-    set_gradients(params)
+    set_gradients(params, 1)
     counting.step()
     assert counting.steps == 1
     assert all(counting.state[p]["step"] == 1 for p in params)
@@ -146,9 +136,9 @@ def test_hooks_and_subclasses(path: dict[str, Any]) -> None:
 
 @on_every_path
 def test_maximize_leaves_gradients_alone(path: dict[str, Any]) -> None:
-    params = make_params()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, maximize=True, **path)
-    set_gradients(params)
+    set_gradients(params, 1)
     gradients = [(p.grad, p.grad.clone()) for p in params]
     optimizer.step()
     for p, (grad, value) in zip(params, gradients, strict=True):
@@ -158,7 +148,7 @@ def test_maximize_leaves_gradients_alone(path: dict[str, Any]) -> None:
 
 @on_every_path
 def test_step_without_gradients(path: dict[str, Any]) -> None:
-    params = make_params()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, **path)
     before = [p.detach().clone() for p in params]
     assert optimizer.step() is None
@@ -186,9 +176,9 @@ def test_repr() -> None:
 
 
 def test_zero_grad() -> None:
-    params = make_params()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params)
-    set_gradients(params)
+    set_gradients(params, 1)
     optimizer.zero_grad(set_to_none=False)
     assert all(p.grad is not None and not p.grad.any() for p in params)
     optimizer.zero_grad()

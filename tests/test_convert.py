@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parameters import parameters, set_gradients
 from pytorch_optimizer import AdaFactor as PytorchOptimizerAdaFactor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -29,20 +30,9 @@ def timm_adafactor():
     return importlib.import_module("bare_timm_optim.adafactor").Adafactor
 
 
-def parameters(shapes=SHAPES, dtype=torch.float32, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params, step):
-    generator = torch.Generator().manual_seed(1000 + step)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-
-
 def run(optimizer, params, steps):
     for step in steps:
-        set_gradients(params, step)
+        set_gradients(params, 1000 + step)
         optimizer.step()
 
 
@@ -79,7 +69,7 @@ def assert_goes_on_alike(converter, source, params, steps, tolerance=2e-6, **opt
 )
 @pytest.mark.parametrize("foreach", [False, True])
 def test_torch_goes_on_alike(options, relative, foreach):
-    params = parameters()
+    params = parameters(SHAPES)
     source = torch.optim.Adafactor(params, foreach=foreach, **options)
     run(source, params, range(5))
     optimizer = assert_goes_on_alike(convert.from_torch, source, params, range(5, 10))
@@ -88,7 +78,7 @@ def test_torch_goes_on_alike(options, relative, foreach):
 
 
 def test_torch_late_in_a_run_is_relative():
-    params = parameters()
+    params = parameters(SHAPES)
     source = torch.optim.Adafactor(params, lr=0.05)
     run(source, params, range(2))
     for state in source.state.values():
@@ -98,7 +88,7 @@ def test_torch_late_in_a_run_is_relative():
 
 
 def test_torch_bfloat16_moments_become_float32():
-    params = parameters(dtype=torch.bfloat16)
+    params = parameters(SHAPES, torch.bfloat16)
     source = torch.optim.Adafactor(params)
     run(source, params, range(3))
     optimizer, copies = continued(convert.from_torch, source, params)
@@ -108,7 +98,7 @@ def test_torch_bfloat16_moments_become_float32():
 
 
 def test_a_parameter_that_never_stepped_converts():
-    params = parameters()
+    params = parameters(SHAPES)
     source = torch.optim.Adafactor(params)
     set_gradients(params, 0)
     params[1].grad = None
@@ -157,7 +147,7 @@ def test_timm_whole_second_moment_of_a_small_matrix_becomes_what_ours_would_be()
     ],
 )
 def test_pytorch_optimizer_goes_on_alike(options, own, foreach):
-    params = parameters()
+    params = parameters(SHAPES)
     source = PytorchOptimizerAdaFactor(params, foreach=foreach, **options)
     run(source, params, range(5))
     assert_goes_on_alike(convert.from_pytorch_optimizer, source, params, range(5, 10), **own)
@@ -267,7 +257,7 @@ BROKEN = {
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_broken_checkpoint_is_refused_and_changes_nothing(name):
     edit, message = BROKEN[name]
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, beta1=0.9, compile=False)
     run(optimizer, params, range(3))
     saved = copy.deepcopy(optimizer.state_dict())

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from loops import Loop, Mixed, Transformer, compiled_loops, training_step
+from parameters import take_over
 from tolerances import assert_same_parameter, assert_same_state
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -86,12 +87,7 @@ def test_parity_with_the_cpu(path, dtype, capturable):
         optimizer.step()
         reference.step()
         assert_same(params, optimizer, others, reference)
-        with torch.no_grad():
-            for p, q in zip(params, others, strict=True):
-                q.copy_(p)
-                for key, value in reference.state[q].items():
-                    if isinstance(value, torch.Tensor):
-                        value.copy_(optimizer.state[p][key])
+        take_over(reference, optimizer)
 
 
 @pytest.mark.parametrize("path", PATHS, ids=str)
@@ -237,11 +233,8 @@ def test_overflow_is_decided_on_the_device():
     params[0].grad[0, 0] = torch.inf
     before = copy.deepcopy([param.detach() for param in params])
     optimizer.grad_scale, optimizer.found_inf = torch.ones((), device="cuda"), torch.ones((), device="cuda")
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with waiting_is_an_error():
         optimizer.step()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
     assert all(torch.equal(param, old) for param, old in zip(params, before, strict=True))
     assert all(state["step"] == 1 for state in optimizer.state.values())
 

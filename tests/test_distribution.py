@@ -3,7 +3,7 @@
 import zipfile
 from pathlib import Path
 
-import pytest
+from hatchling.builders.wheel import WheelBuilder
 
 from adafactor_compiled import __version__
 
@@ -11,8 +11,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_wheel_contains_the_package_alone(tmp_path):
-    wheel = pytest.importorskip("hatchling.builders.wheel")
-    [path] = wheel.WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
+    [path] = WheelBuilder(str(ROOT)).build(directory=str(tmp_path), versions=["standard"])
     with zipfile.ZipFile(path) as archive:
         names = set(archive.namelist())
     info = f"adafactor_compiled-{__version__}.dist-info"

@@ -14,16 +14,11 @@ from typing import Any
 import pytest
 import torch
 from compilers import aot_eager, compiled_by, uncompiled
+from paths import PATHS
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 
 from adafactor_compiled import Adafactor, AdafactorSchedule, StepInBackward
-
-PATHS: dict[str, dict[str, Any]] = {
-    "reference": {"foreach": False},
-    "multi-tensor": {"compile": False},
-    "compiled": {"compile": True},
-}
 
 
 def make(**options: Any) -> tuple[nn.Module, Adafactor]:

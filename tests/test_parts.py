@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
+from parameters import parameters, set_gradients
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -15,18 +16,7 @@ from adafactor_compiled import Adafactor
 
 MANUAL = {"lr": 1e-3, "relative_step": False}
 PATHS = [{"foreach": False}, {"compile": False}, {}, {"compile": True}]
-
-
-def make_params(*, dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(6, 8), (2, 3, 4), (7,), ()]
-    return [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in shapes]
-
-
-def set_gradients(params: list[Tensor], seed: int) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+SHAPES = [(6, 8), (2, 3, 4), (7,), ()]
 
 
 def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
@@ -39,11 +29,11 @@ def same(ours: list[Tensor], theirs: list[Tensor]) -> None:
     "options", [MANUAL, {}, {"warmup_init": True}, {**MANUAL, "scale_parameter": False}, {"beta1": 0.9}], ids=str
 )
 def test_results(options: dict[str, Any], rms: Any) -> None:
-    (group,) = TransformersAdafactor(make_params(), **options).param_groups
+    (group,) = TransformersAdafactor(parameters(SHAPES), **options).param_groups
     for step in (1, 5, 100_000):
         state = {"step": step, "RMS": rms}
         assert float(Adafactor._get_lr(group, state)) == pytest.approx(float(TransformersAdafactor._get_lr(group, state)))
-    for p in make_params():
+    for p in parameters(SHAPES):
         assert Adafactor._get_options(group, p.shape) == TransformersAdafactor._get_options(group, p.shape)
         torch.testing.assert_close(Adafactor._rms(p), TransformersAdafactor._rms(p))
     for row, col in ((torch.rand(6), torch.rand(8)), (torch.rand(2, 3), torch.rand(2, 4))):
@@ -52,7 +42,7 @@ def test_results(options: dict[str, Any], rms: Any) -> None:
 
 
 def halved(base: Any) -> Any:
-    class Halved(base):  # type: ignore[misc]
+    class Halved(base):
         seen: ClassVar[list[tuple[Any, int]]] = []
 
         @staticmethod
@@ -67,7 +57,7 @@ def halved(base: Any) -> Any:
 @pytest.mark.parametrize("options", [MANUAL, {}, {**MANUAL, "beta1": 0.9, "weight_decay": 0.1}], ids=str)
 @pytest.mark.parametrize("path", PATHS, ids=str)
 def test_an_overridden_learning_rate(path: dict[str, Any], options: dict[str, Any], dtype: torch.dtype) -> None:
-    ours, theirs = make_params(dtype=dtype), make_params(dtype=dtype)
+    ours, theirs = parameters(SHAPES, dtype), parameters(SHAPES, dtype)
     subclass = halved(Adafactor)
     with pytest.warns(UserWarning, match="`_get_lr` is overridden, and so steps take the reference path") as caught:
         optimizer = subclass(ours, **options, **path)
@@ -105,8 +95,8 @@ def test_of_an_instance_and_back() -> None:
 def test_others_are_refused(name: str) -> None:
     own = staticmethod(lambda *_: None)
     with pytest.raises(TypeError, match=f"`{name}` should not be overridden"):
-        type("Other", (Adafactor,), {name: own})(make_params())
-    optimizer = Adafactor(make_params())
+        type("Other", (Adafactor,), {name: own})(parameters(SHAPES))
+    optimizer = Adafactor(parameters(SHAPES))
     with pytest.raises(TypeError, match=f"`{name}` should not be overridden"):
         setattr(optimizer, name, own)
 
@@ -145,7 +135,7 @@ def all_of_a_tool(self: Any, closure: Any = None) -> None:
 @pytest.mark.parametrize("options", [MANUAL, {}, {**MANUAL, "beta1": 0.9, "weight_decay": 0.1}], ids=str)
 def test_a_tool_binds_its_own_step(options: dict[str, Any]) -> None:
     """Its steps, then ours again on the state that they leave."""
-    ours, theirs = make_params(), make_params()
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
     optimizer, expected = Adafactor(ours, compile=False, **options), TransformersAdafactor(theirs, **options)
     optimizer.step_param = types.MethodType(step_of_a_tool, optimizer)
     optimizer.step = types.MethodType(all_of_a_tool, optimizer)
@@ -160,20 +150,20 @@ def test_a_tool_binds_its_own_step(options: dict[str, Any]) -> None:
 
 
 def test_a_tool_steps_in_backward() -> None:
-    ours, theirs = make_params(), make_params()
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
     optimizer, expected = Adafactor(ours, compile=False), TransformersAdafactor(theirs)
-    optimizer.step_parameter = types.MethodType(step_of_a_tool, optimizer)  # type: ignore[method-assign]
+    optimizer.step_parameter = types.MethodType(step_of_a_tool, optimizer)
 
     @torch.no_grad()
     def step(p: Tensor) -> None:
-        optimizer.step_parameter(p, optimizer.param_groups[0])  # type: ignore[call-arg]
+        optimizer.step_parameter(p, optimizer.param_groups[0])
         p.grad = None
 
     for p in ours:
         p.register_post_accumulate_grad_hook(step)
     for _ in range(2):
         for params in (ours, theirs):
-            sum((p * p).sum() for p in params).backward()  # type: ignore[union-attr]
+            sum((p * p).sum() for p in params).backward()
         expected.step()
         expected.zero_grad()
         same(ours, theirs)

@@ -4,15 +4,11 @@ import copy
 
 import pytest
 import torch
+from parameters import params_of
+from paths import PATHS
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from adafactor_compiled import Adafactor, AdafactorSchedule, StepInBackward
-
-PATHS = {
-    "reference": {"foreach": False},
-    "multi-tensor": {"compile": False},
-    "compiled": {"compile": True},
-}
 
 
 def make_model(seed=0):
@@ -43,7 +39,7 @@ def train(model, optimizer, steps):
 
 
 def assert_equal(optimizer, other, tolerance=0.0):
-    params, others = ([p for group in x.param_groups for p in group["params"]] for x in (optimizer, other))
+    params, others = params_of(optimizer), params_of(other)
     for p, q in zip(params, others, strict=True):
         torch.testing.assert_close(p, q, rtol=tolerance, atol=tolerance)
         one, two = optimizer.state[p], other.state[q]

@@ -5,24 +5,14 @@ import math
 import pytest
 import torch
 from compilers import graphs
+from parameters import parameters, set_gradients
+from paths import PATHS
 from torch.overrides import TorchFunctionMode
 
 from adafactor_compiled import Adafactor, StepInBackward
 from adafactor_compiled.telemetry import flat
 
-PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
 SHAPES = [(6, 8), (6, 8), (5,), (), (2, 3, 4)]
-
-
-def parameters(seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
-
-def set_gradients(params, seed, scale=1.0):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = scale * torch.randn(p.shape, generator=generator)
 
 
 def rms(x):
@@ -40,7 +30,7 @@ def first_update_rms(g):
 
 @pytest.mark.parametrize("path", PATHS)
 def test_the_first_step_of_two_groups(path):
-    params = parameters()
+    params = parameters(SHAPES)
     before = [rms(p) for p in params]
     groups = [{"params": params[:3]}, {"params": params[3:], "lr": 0.1, "relative_step": False, "scale_parameter": False}]
     optimizer = Adafactor(groups, clip_threshold=0.9, **PATHS[path])
@@ -59,7 +49,7 @@ def test_the_first_step_of_two_groups(path):
 
 
 def test_clipping_is_seen():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, compile=False)
     for step in range(5):
         set_gradients(params, step)
@@ -73,7 +63,7 @@ def test_clipping_is_seen():
 
 
 def test_only_parameters_that_stepped_count_and_a_group_without_any_is_nan():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor([{"params": params[:2]}, {"params": params[2:]}], compile=False)
     assert all(group.parameters == 0 and math.isnan(group.lr) for group in optimizer.telemetry())
     set_gradients(params[:1], 0)
@@ -85,7 +75,7 @@ def test_only_parameters_that_stepped_count_and_a_group_without_any_is_nan():
 
 
 def test_the_flat_dict():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, compile=False)
     set_gradients(params, 0)
     optimizer.step()
@@ -97,7 +87,7 @@ def test_the_flat_dict():
 
 
 def test_in_backward():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, compile=False)
     StepInBackward(optimizer)
     sum((p * torch.ones_like(p) * 2).sum() for p in params).backward()
@@ -123,7 +113,7 @@ class Transfers(TorchFunctionMode):
 
 
 def test_it_costs_one_small_transfer_and_no_recompile():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor([{"params": params[:2]}, {"params": params[2:]}], compile=True)
     set_gradients(params, 0)
     optimizer.step()
@@ -157,7 +147,7 @@ def test_the_summary_is_data_and_a_table():
 
 
 def test_the_summary_says_what_is_not_compiled_and_changes_nothing():
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor([{"params": params[:2], "compile": False}, {"params": params[2:], "foreach": False}])
     before = repr(optimizer.state_dict())
     summary = optimizer.summary()

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import io
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
 from compilers import aot_eager, compiled_by, graphs
+from parameters import parameters
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,11 +34,6 @@ def fresh_cache() -> Iterator[None]:
         yield
 
 
-def make(shapes: Sequence[tuple[int, ...]], **like: Any) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return [torch.randn(shape, generator=generator).to(**like).requires_grad_() for shape in shapes]
-
-
 def set_gradients(params: Sequence[Tensor], t: int, missing: bool = False) -> None:
     for i, p in enumerate(params):
         p.grad = None if missing and (i + t) % 3 == 0 else torch.full_like(p, 0.1 * (t + 1))
@@ -52,7 +46,7 @@ def assert_no_graph_since(before: int) -> None:
 
 def test_nothing_is_compiled_after_the_first_steps() -> None:
     """Over a learning-rate schedule, changed options, a checkpoint, and gradients that come and go."""
-    params = make(LAYER * 3)
+    params = parameters(LAYER * 3)
     groups = [{"params": params[:6]}, {"params": params[6:], "weight_decay": 0.1}]
     optimizer = Adafactor(groups, lr=1e-2, relative_step=False, compile=True)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 20)
@@ -78,7 +72,7 @@ def test_nothing_is_compiled_after_the_first_steps() -> None:
 
 
 def test_members_of_different_ages_share_graphs() -> None:
-    params = make(LAYER * 2)
+    params = parameters(LAYER * 2)
     optimizer = Adafactor(params[:5], compile=True)
     for t in range(3):
         set_gradients(params, t)
@@ -94,7 +88,7 @@ def test_graphs_do_not_grow_with_depth() -> None:
     counts = []
     for depth in (1, 2, 12):
         with compiled_by(aot_eager):
-            before, params = graphs(), make(LAYER * depth)
+            before, params = graphs(), parameters(LAYER * depth)
             optimizer = Adafactor(params, compile=True)
             for t in range(2):
                 set_gradients(params, t)
@@ -107,7 +101,7 @@ def test_graphs_do_not_grow_with_depth() -> None:
 
 @pytest.mark.usefixtures("fresh_cache")
 def test_one_set_of_graphs_serves_every_width() -> None:
-    params = make([(8, 16 + 2 * i) for i in range(12)] + [(16 + i,) for i in range(12)])
+    params = parameters([(8, 16 + 2 * i) for i in range(12)] + [(16 + i,) for i in range(12)])
     optimizer = Adafactor(params, compile=True)
     before = graphs()
     set_gradients(params, 0)
@@ -123,8 +117,8 @@ def test_more_classes_than_the_recompile_limit() -> None:
     for dtype in (torch.float32, torch.float64, torch.bfloat16):
         for beta1 in (None, 0.9):
             shapes = [(4, 6), (7,), (5000,)]
-            groups.append({"params": make(shapes, dtype=dtype), "beta1": beta1})
-            twins.append({"params": make(shapes, dtype=dtype), "beta1": beta1})
+            groups.append({"params": parameters(shapes, dtype), "beta1": beta1})
+            twins.append({"params": parameters(shapes, dtype), "beta1": beta1})
     optimizer, reference = Adafactor(groups, compile=True), Adafactor(twins, foreach=False)
     before = graphs()
     for t in range(2):
@@ -145,7 +139,7 @@ def test_twelve_optimizers_share_graphs() -> None:
     """More instances than the recompile limit, in one process."""
     before, first = graphs(), None
     for i in range(12):
-        params = make(LAYER)
+        params = parameters(LAYER)
         optimizer = Adafactor(params, lr=1e-3 * (i + 1), relative_step=False, compile=True)
         set_gradients(params, 0)
         optimizer.step()
@@ -155,7 +149,7 @@ def test_twelve_optimizers_share_graphs() -> None:
 
 def test_warm_up_with_inductor() -> None:
     """Also the calls on chunks of a large matrix; one element has no graph of its own, as it has under Dynamo's guards."""
-    params = make([*LAYER, (4101, 1030), (70_000,), (), (1,)])
+    params = parameters([*LAYER, (4101, 1030), (70_000,), (), (1,)])
     optimizer = Adafactor(params, compile=True)
     optimizer.warm_up()
     before = graphs()
@@ -167,7 +161,7 @@ def test_warm_up_with_inductor() -> None:
 @pytest.mark.usefixtures("fresh_cache")
 @pytest.mark.parametrize("beta1", [None, 0.9])
 def test_warm_up_changes_nothing_and_leaves_nothing_to_compile(beta1: float | None) -> None:
-    params = make([*LAYER, (0,), (1, 5), (70_000,), (3, 3, 2)])
+    params = parameters([*LAYER, (0,), (1, 5), (70_000,), (3, 3, 2)])
     optimizer = Adafactor(params, beta1=beta1, compile=True)
     values, state, groups = copy.deepcopy([params, dict(enumerate(optimizer.state.values())), optimizer.param_groups])
     before = graphs()
@@ -190,7 +184,7 @@ def test_another_number_of_threads_compiles_for_every_shape() -> None:
     """A graph has a number of threads and is called without guards: sizes that are equal by chance must not be one in it."""
     threads = torch.get_num_threads()
     for shape in ((12, 12), (12, 24), (24, 12)):
-        params, twins = make([shape]), make([shape])
+        params, twins = parameters([shape]), parameters([shape])
         optimizer, reference = Adafactor(params, compile=True), Adafactor(twins, foreach=False)
         optimizer.warm_up()
         torch.set_num_threads(threads + 1)  # which no other test uses
@@ -203,38 +197,9 @@ def test_another_number_of_threads_compiles_for_every_shape() -> None:
         torch.testing.assert_close(params, twins)
 
 
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-# option, whether standard error is a terminal, whether a bar is shown
-BARS = [(None, True, True), (None, False, False), (True, False, True), (False, True, False)]
-
-
-@pytest.mark.usefixtures("fresh_cache")
-@pytest.mark.parametrize(("show_progress", "terminal", "shown"), BARS)
-def test_progress(show_progress: bool | None, terminal: bool, shown: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream = Terminal() if terminal else io.StringIO()
-    optimizer = Adafactor(make([(4, 6), (7,)]), compile=True, show_progress=show_progress)
-    with monkeypatch.context() as patch:
-        patch.setattr(sys, "stderr", stream)
-        optimizer.warm_up()
-    text = stream.getvalue()
-    assert bool(text) == shown
-    if shown:
-        assert "compiling Adafactor [" in text
-        assert "0/2" in text  # a matrix, and vectors
-        assert text.endswith("\r\x1b[K")  # the bar vanishes
-    with monkeypatch.context() as patch:  # nothing is left to compile, nothing to show
-        patch.setattr(sys, "stderr", again := Terminal())
-        optimizer.warm_up()
-    assert "compiling" not in again.getvalue()
-
-
 def test_more_environments_than_the_recompile_limit() -> None:
     """Each number of threads is another graph of each pass; the ninth is compiled as the first was."""
-    threads, params = torch.get_num_threads(), make([(4, 6)])
+    threads, params = torch.get_num_threads(), parameters([(4, 6)])
     optimizer = Adafactor(params, compile=True)
     with compiled_by(aot_eager):
         try:
@@ -250,7 +215,7 @@ def test_more_environments_than_the_recompile_limit() -> None:
 
 def test_a_dispatch_mode_that_has_ended() -> None:
     """In a mode nothing is compiled (Dynamo never compiles a function again that it meets in one), and after it as before."""
-    params = make([(4, 6)])
+    params = parameters([(4, 6)])
     optimizer = Adafactor(params, compile=True)
     ran: list[passes.Pass] = []
 

@@ -6,66 +6,21 @@ Each case is a process of its own with an empty cache, since a process that has 
 from __future__ import annotations
 
 import errno
-import io
 import json
 import os
-import shutil
-import signal
 import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
+from machines import Kind, Run, needs_a_shell, run
 
-from adafactor_compiled._compile.progress import progress
 from adafactor_compiled._compile.toolchain import cause_of
 
-SECONDS = 600  # that a process may take, on however busy a machine
-
-COMMON = """
-import json
-import os
-import sys
-import warnings
-
-import torch
-import torch._dynamo
-
-from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import options
-
-for function, k in options.MEMBERS.items():  # calls of less code
-    options.MEMBERS[function] = min(k, 2)
-
-
-def make():
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in [(7,), (6, 8), ()]]
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
-    return params
-
-
-def same(first, second):
-    return all(torch.equal(p, q) for p, q in zip(first, second, strict=True))
-
-
-def untouched(optimizer):
-    states = optimizer.state.values()
-    return same(params_of(optimizer), make()) and not any(torch.as_tensor(x).any() for state in states for x in state.values())
-
-
-def params_of(optimizer):
-    return optimizer.param_groups[0]["params"]
-
-
-"""
-
 FAILING = """
+warnings.filterwarnings("error", ".*Adafactor")  # what raises does not warn as well
 report = {}
 optimizer = Adafactor(make(), compile=True)
 errors = []
@@ -103,30 +58,9 @@ echo "In file included from here" >&2
 printf 'fatal error: m\\351moire \\342\\200\\230x\\342\\200\\231\\n' >&2
 exit 1
 """
-# In namespaces of its own: a disk of memory for the cache, which goes with the process.
-ON_A_DISK = """
-disk=$1 options=$2 then=$3
-shift 3
-mount -t tmpfs -o "$options" none "$disk" && mkdir "$disk/cache" && eval "$then" || exit 77
-exec "$@"
-"""
 
 NO_COMPILER, NO_CACHE = ("apt-get install g++", "CXX"), ("TORCHINDUCTOR_CACHE_DIR",)
 NOT_WRITTEN = "torch's cache of compiled code could not be written: "
-
-
-class Kind(NamedTuple):
-    """A machine on which compilation fails."""
-
-    cause: str
-    remedy: tuple[str, ...]
-    cxx: str | None = None  # the compiler's text
-    mode: int = 0o755  # and its mode
-    disk: tuple[str, str] | None = None  # the cache on a disk of its own: mount's options, and a command behind it
-    before: str = ""  # what Python does first
-    environment: dict[str, str] = {}  # noqa: RUF012
-    may_work: bool = False  # some releases of torch, on some processors, compile none the less
-
 
 KINDS = {
     "no compiler": Kind("no C++ compiler was found", NO_COMPILER, cxx=""),
@@ -143,6 +77,7 @@ KINDS = {
         "compiled code could not be loaded from torch's cache: ", NO_CACHE, disk=("noexec", "true")
     ),
     "no sys.executable": Kind("`sys.executable` is None", ("`sys.executable`",), before="sys.executable = None", may_work=True),
+    "python -O": Kind("Python runs with -O", ("run Python without -O",), flags=("-O",)),
     "a locale of ASCII": Kind(
         *("in the encoding of this locale: 'ascii' codec", ("PYTHONUTF8=1",)),
         environment={"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
@@ -151,44 +86,15 @@ KINDS = {
 }
 
 
-class Run(NamedTuple):
-    code: int
-    printed: str
-    complaints: str
-    script: Path
-
-
-def run(kind: Kind, directory: Path, body: str = FAILING) -> Run:
-    script, cxx, cache = directory / "script.py", directory / "g++", directory / "cache"
-    script.write_text(COMMON + kind.before + body)
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **kind.environment}
-    if kind.cxx is not None:
-        environment["CXX"] = str(cxx)
-        if kind.cxx:
-            cxx.write_text(kind.cxx)
-            cxx.chmod(kind.mode)
-    command = [sys.executable, str(script)]
-    if kind.disk is not None:
-        if shutil.which("unshare") is None:
-            return Run(77, "", "", script)
-        disk = directory / "disk"
-        disk.mkdir()
-        cache = disk / "cache"
-        command = ["unshare", "-rm", "sh", "-c", ON_A_DISK, "sh", str(disk), *kind.disk, *command]
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(cache)
-    ran = subprocess.run(command, env=environment, capture_output=True, timeout=SECONDS)
-    return Run(ran.returncode, ran.stdout.decode(), ran.stderr.decode(errors="replace"), script)
-
-
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Future[Run]]]:
     """All kinds, two at a time."""
     pool = ThreadPoolExecutor(2)
-    yield {name: pool.submit(run, kind, tmp_path_factory.mktemp("machine")) for name, kind in KINDS.items()}
+    yield {name: pool.submit(run, kind, tmp_path_factory.mktemp("machine"), FAILING) for name, kind in KINDS.items()}
     pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.skipif(os.name == "nt", reason="the compilers are shell scripts")
+@needs_a_shell
 @pytest.mark.parametrize("name", KINDS)
 def test_without_compilation(name: str, runs: dict[str, Future[Run]]) -> None:
     kind, ran = KINDS[name], runs[name].result()
@@ -212,7 +118,7 @@ def test_without_compilation(name: str, runs: dict[str, Future[Run]]) -> None:
     (warning,) = report["warnings"]
     for part in ("steps without torch.compile", kind.cause, *kind.remedy, "`compile=False`"):
         assert part in warning
-    assert report["warned_from"] == [str(ran.script)]
+    assert report["warned_from"] == [ran.script]
     assert report["same"]
 
 
@@ -226,7 +132,7 @@ DISABLED = {
 @pytest.mark.parametrize("name", DISABLED)
 def test_switched_off(name: str, tmp_path: Path) -> None:
     """Whoever has switched torch.compile off need not be told so."""
-    ran = run(DISABLED[name], tmp_path)
+    ran = run(DISABLED[name], tmp_path, FAILING)
     assert ran.code == 0, ran.complaints[-3000:]
     report = json.loads(ran.printed.splitlines()[-1])
     assert report["errors"] == report["warnings"] == []
@@ -300,118 +206,3 @@ def test_causes(name: str) -> None:
     assert expected in cause
     assert "\n" not in cause
     assert all(part in remedy for part in remedies)
-
-
-# Progress and interruption ------------------------------------------------------------------------------------------------
-
-
-class Terminal(io.StringIO):
-    def isatty(self) -> bool:
-        return True
-
-
-class Broken(Terminal):
-    """A terminal that has gone."""
-
-    def write(self, text: str) -> int:
-        raise OSError(errno.EIO, os.strerror(errno.EIO))
-
-
-class WithoutIsatty:
-    """As some loggers stand in for standard error."""
-
-    def __init__(self) -> None:
-        self.written = ""
-
-    def write(self, text: str) -> None:
-        self.written += text
-
-    def flush(self) -> None:
-        pass
-
-
-def closed(stream: io.StringIO) -> io.StringIO:
-    stream.close()
-    return stream
-
-
-STREAMS = {
-    "None": lambda: None,
-    "closed": lambda: closed(io.StringIO()),
-    "closed terminal": lambda: closed(Terminal()),
-    "without isatty": WithoutIsatty,
-    "broken": Broken,
-    "without anything": object,
-    "terminal": Terminal,
-}
-
-
-@pytest.mark.parametrize("show", [None, True, False])
-@pytest.mark.parametrize("name", STREAMS)
-def test_progress_survives_standard_error(name: str, show: bool | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    stream: Any = STREAMS[name]()
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert list(progress(["a", "b"], "title", show)) == ["a", "b"]
-    if isinstance(stream, WithoutIsatty):
-        assert bool(stream.written) == (show is True)
-    if type(stream) is Terminal and not stream.closed:
-        assert bool(stream.getvalue()) == (show is not False)
-        assert stream.getvalue().endswith("\x1b[K") or show is False
-
-
-SLEEPING = """#!/bin/sh
-[ "$1" = --version ] && echo "g++ 1.0" && exit 0
-echo > "$0.begun"
-exec sleep 600
-"""
-
-INTERRUPTED = """
-import signal
-signal.signal(signal.SIGINT, signal.default_int_handler)  # where tests run in the background it is ignored, and so it is here
-optimizer = Adafactor(make(), **OPTIONS)
-try:
-    optimizer.step()
-except KeyboardInterrupt:
-    interrupted = True
-else:
-    interrupted = False
-report = {"interrupted": interrupted, "untouched": untouched(optimizer)}
-optimizer.param_groups[0]["compile"] = False
-expected = Adafactor(make(), compile=False)
-optimizer.step()
-expected.step()
-report["goes_on"] = same(params_of(optimizer), params_of(expected))
-print(json.dumps(report), flush=True)
-"""
-
-
-@pytest.mark.skipif(os.name == "nt", reason="the compilers are shell scripts")
-@pytest.mark.parametrize(("whom", "options"), [("all processes", "{}"), ("Python alone", "{'compile': True}")])
-def test_interrupted_first_step(whom: str, options: str, tmp_path: Path) -> None:
-    """Ctrl-C while the C++ compiler runs, which would take minutes more. A terminal sends it to all processes in front."""
-    cxx, script, begun = tmp_path / "g++", tmp_path / "script.py", tmp_path / "g++.begun"
-    cxx.write_text(SLEEPING)
-    cxx.chmod(0o755)
-    script.write_text(COMMON + INTERRUPTED.replace("OPTIONS", options))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "CXX": str(cxx)}
-    environment["TORCHINDUCTOR_CACHE_DIR"] = str(tmp_path / "cache")
-    with subprocess.Popen(
-        [sys.executable, str(script)],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    ) as process:
-        try:
-            until = time.monotonic() + SECONDS
-            while not begun.exists() and process.poll() is None and time.monotonic() < until:
-                time.sleep(0.05)
-            time.sleep(0.2)  # the compiler is asleep now
-            (os.killpg if whom == "all processes" else os.kill)(process.pid, signal.SIGINT)
-            printed, complaints = process.communicate(timeout=120)
-        finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 0, complaints[-3000:]
-    assert json.loads(printed.splitlines()[-1]) == {"interrupted": True, "untouched": True, "goes_on": True}

@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from parameters import parameters, params_of, set_gradients
+from paths import PATHS
 from strategies import Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
@@ -20,11 +22,6 @@ from adafactor_compiled import Adafactor
 
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
-PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
-
-
-def tensors(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]
 
 
 def run(problem: Problem, groups: list[dict[str, Any]], optimizer: Any, steps: range) -> None:
@@ -44,17 +41,17 @@ def check_hand_over(problem: Problem, first: Any, second: Any) -> None:
     """Half of the training with the first class, half with the second, against all of it with the first."""
     whole, start, rest = problem.param_groups(), problem.param_groups(), problem.param_groups()
     expected, saved, loaded = first(whole), first(start), second(rest)
-    scales = [largest(p) for p in tensors(whole)]
+    scales = [largest(p) for p in params_of(whole)]
     run(problem, whole, expected, range(3))
-    scales = [max(s, largest(p)) for s, p in zip(scales, tensors(whole), strict=True)]
+    scales = [max(s, largest(p)) for s, p in zip(scales, params_of(whole), strict=True)]
     run(problem, whole, expected, range(3, 6))
     run(problem, start, saved, range(3))
     with torch.no_grad():
-        for p, q in zip(tensors(rest), tensors(start), strict=True):
+        for p, q in zip(params_of(rest), params_of(start), strict=True):
             p.copy_(q)
     loaded.load_state_dict(through_a_file(saved.state_dict()))
     run(problem, rest, loaded, range(3, 6))
-    for p, q, scale in zip(tensors(rest), tensors(whole), scales, strict=True):
+    for p, q, scale in zip(params_of(rest), params_of(whole), scales, strict=True):
         assert_same_parameter(p, q, "after a checkpoint", scale)
         if expected.state[q] and loaded.state[p]:
             assert_same_state(loaded.state[p], expected.state[q], p.dtype)
@@ -83,15 +80,12 @@ def test_to_itself(problem: Problem) -> None:
 
 
 def make(dtype: torch.dtype = torch.float32, **options: Any) -> tuple[list[Tensor], Adafactor]:
-    generator = torch.Generator().manual_seed(0)
-    params = [torch.randn(shape, generator=generator).to(dtype).requires_grad_() for shape in [(6, 8), (4, 6), (7,), (), (0,)]]
+    params = parameters([(6, 8), (4, 6), (7,), (), (0,)], dtype)
     return params, Adafactor(params, **options)
 
 
 def step(params: list[Tensor], optimizer: Any, seed: int = 1) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+    set_gradients(params, seed)
     optimizer.step()
 
 

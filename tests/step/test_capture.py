@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from hypothesis import given, settings
+from parameters import take_over
 from strategies import problems
 from tolerances import assert_same_parameter, assert_same_state
 from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR
@@ -121,11 +122,7 @@ def test_capturable_equals_the_reference(problem):
                 for p, q in zip(group["params"], reference_group["params"], strict=True):
                     assert_same_parameter(p, q, f"capturable {path}", where=f"step {t}")
                     assert_same_state(optimizer.state[p], reference.state[q], q.dtype, f"step {t}")
-                    with torch.no_grad():  # both go on from the same bits
-                        q.copy_(p)
-                        for key, value in reference.state[q].items():
-                            if isinstance(value, torch.Tensor):
-                                value.copy_(optimizer.state[p][key])
+            take_over(reference, optimizer)
 
 
 SCHEDULES = [

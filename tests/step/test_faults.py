@@ -6,24 +6,14 @@ import sys
 
 import pytest
 import torch
+from parameters import parameters, set_gradients
+from paths import PATHS
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._step import run
 from adafactor_compiled._update import reference
 
 SHAPES = [(6, 8), (6, 8), (4, 4), (5,), (5,), ()]
-PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
-
-
-def parameters():
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in SHAPES]
-
-
-def set_gradients(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.randn(p.shape, generator=generator)
 
 
 def steps_of(optimizer, params):
@@ -61,7 +51,7 @@ INTERRUPTED = {
 @pytest.mark.parametrize("path", INTERRUPTED)
 def test_between_parameters(monkeypatch, path, capturable, error):
     module, name, stepped, message = INTERRUPTED[path]
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, **PATHS[path], capturable=capturable)
     set_gradients(params, 0)
     optimizer.step()
@@ -92,7 +82,7 @@ def test_between_parameters(monkeypatch, path, capturable, error):
 @pytest.mark.parametrize("path", INTERRUPTED)
 def test_before_the_first_parameter_there_is_nothing_to_say(monkeypatch, path):
     module, name, *_ = INTERRUPTED[path]
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, **PATHS[path])
     set_gradients(params, 0)
     optimizer.step()
@@ -110,7 +100,7 @@ def test_before_the_first_parameter_there_is_nothing_to_say(monkeypatch, path):
 @pytest.mark.parametrize("path", ["reference", "multi-tensor"])
 def test_at_every_call_within_a_step(path, capturable):
     """An interruption at the n-th call of any function within a step, for every n: counted if and only if written."""
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, beta1=0.9, **PATHS[path], capturable=capturable)
     set_gradients(params, 0)
     optimizer.step()
@@ -148,7 +138,7 @@ def test_at_every_call_within_a_step(path, capturable):
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 def test_a_gradient_that_is_not_finite_spoils_its_own_parameter_alone(path, value):
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, **PATHS[path])
     set_gradients(params, 0)
     params[0].grad[1, 2] = value
@@ -163,7 +153,7 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_parameter_alone(path, valu
 def test_skip_leaves_a_parameter_and_its_state_untouched_and_steps_the_others(path, capturable):
     """As if the spoiled gradients had not been there at all: the twin gets None in their place."""
     options = {**PATHS[path], "beta1": 0.9, "weight_decay": 0.1, "capturable": capturable}
-    params, twins = parameters(), parameters()
+    params, twins = parameters(SHAPES), parameters(SHAPES)
     optimizer, twin = Adafactor(params, nonfinite="skip", **options), Adafactor(twins, **options)
     for step, spoiled in enumerate([(1,), (), (0, 3), (5,), ()]):
         set_gradients(params, step)
@@ -183,7 +173,7 @@ def test_skip_leaves_a_parameter_and_its_state_untouched_and_steps_the_others(pa
 
 @pytest.mark.parametrize("path", PATHS)
 def test_what_is_skipped_is_bit_equal(path):
-    params = parameters()
+    params = parameters(SHAPES)
     optimizer = Adafactor(params, nonfinite="skip", beta1=0.9, **PATHS[path])
     set_gradients(params, 0)
     optimizer.step()
@@ -196,7 +186,7 @@ def test_what_is_skipped_is_bit_equal(path):
 
 
 def test_skip_is_an_option_of_a_group():
-    params = parameters()
+    params = parameters(SHAPES)
     groups = [{"params": params[:2], "nonfinite": "skip"}, {"params": params[2:]}]
     optimizer = Adafactor(groups, compile=False)
     for p in params:
@@ -204,4 +194,4 @@ def test_skip_is_an_option_of_a_group():
     optimizer.step()
     assert [bool(torch.isfinite(p).all()) for p in params] == [True, True, False, False, False, False]
     with pytest.raises(ValueError, match='`nonfinite` should be "propagate" or "skip" but is'):
-        Adafactor(parameters(), nonfinite="ignore")
+        Adafactor(parameters(SHAPES), nonfinite="ignore")

@@ -13,6 +13,7 @@ import pytest
 import torch
 from compilers import aot_eager, compiled_by, cut_otherwise, uncompiled
 from hypothesis import given, settings
+from parameters import params_of
 from strategies import Group, Parameter, Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
@@ -30,10 +31,6 @@ def realign(optimizer: Adafactor, reference: Adafactor) -> None:
         for key, value in reference.state[theirs].items():
             if isinstance(value, Tensor):
                 optimizer.state[ours][key].copy_(value)
-
-
-def params_of(optimizer: Adafactor) -> list[Tensor]:
-    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def check_against_reference(

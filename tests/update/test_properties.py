@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
+from parameters import params_of
 from strategies import Group, Parameter, Problem, options, parameters, problems, seeds, shapes
 from tolerances import largest
 from torch import Tensor
@@ -20,17 +21,13 @@ ids = ["reference", "multi-tensor"]
 FLOATS = (torch.float32, torch.float64)
 
 
-def tensors(groups: list[dict[str, Any]]) -> list[Tensor]:
-    return [p for group in groups for p in group["params"]]
-
-
 def run(problem: Problem, steps: int, **ours: Any) -> list[Tensor]:
     groups = problem.param_groups()
     optimizer = Adafactor(groups, **ours)
     for t in range(steps):
         problem.set_gradients(groups, t)
         optimizer.step()
-    return [p.detach() for p in tensors(groups)]
+    return [p.detach() for p in params_of(groups)]
 
 
 def assert_equal(actual: list[Tensor], expected: list[Tensor]) -> None:
@@ -51,9 +48,9 @@ def test_zero_gradients_move_nothing_but_decay(path: dict[str, Any]) -> None:
     @given(problem=problems(dtypes=FLOATS))
     def check(problem: Problem) -> None:
         groups = with_gradients(problem, "zero").param_groups()
-        before = [p.detach().clone() for p in tensors(groups)]
+        before = [p.detach().clone() for p in params_of(groups)]
         optimizer = Adafactor(groups, **path)
-        for p in tensors(groups):
+        for p in params_of(groups):
             p.grad = torch.zeros_like(p)
         optimizer.step()
         position = 0
@@ -158,13 +155,13 @@ def test_maximize_is_minimizing_the_negated(path: dict[str, Any]) -> None:
         down, up = Adafactor(descent, **path), Adafactor(ascent, **path)
         for t in range(2):
             problem.set_gradients(ascent, t)
-            for d, a in zip(tensors(descent), tensors(ascent), strict=True):
+            for d, a in zip(params_of(descent), params_of(ascent), strict=True):
                 d.grad = None if a.grad is None else -a.grad
-            given = [None if p.grad is None else p.grad.clone() for p in tensors(ascent)]
+            given = [None if p.grad is None else p.grad.clone() for p in params_of(ascent)]
             up.step()
             down.step()
-            for p, grad in zip(tensors(ascent), given, strict=True):
+            for p, grad in zip(params_of(ascent), given, strict=True):
                 assert grad is None or torch.equal(p.grad, grad)
-        assert_equal([p.detach() for p in tensors(ascent)], [p.detach() for p in tensors(descent)])
+        assert_equal([p.detach() for p in params_of(ascent)], [p.detach() for p in params_of(descent)])
 
     check()

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given, settings
+from parameters import params_of
 from strategies import DTYPES, Problem, problems
 from tolerances import TOLERANCES, assert_same_parameter, assert_same_state, largest
 from torch import Tensor
@@ -21,8 +22,7 @@ def run_beside_transformers(problem: Problem, steps: int, path: str, **ours: boo
     """Step both from the same start and compare all parameters and state at the end, without realigning."""
     theirs_groups, our_groups = problem.param_groups(), problem.param_groups()
     theirs, optimizer = TransformersAdafactor(theirs_groups), Adafactor(our_groups, **ours)
-    expected = [p for group in theirs_groups for p in group["params"]]
-    actual = [p for group in our_groups for p in group["params"]]
+    expected, actual = params_of(theirs_groups), params_of(our_groups)
     scales = [largest(p) for p in expected]
     for t in range(steps):
         problem.set_gradients(theirs_groups, t)
@@ -66,7 +66,7 @@ def test_drift_of_the_multi_tensor_path(problem: Problem) -> None:
                 for p, q in zip(group["params"], twin["params"], strict=True):
                     p.grad = None if q.grad is None else q.grad.to(dtype)
             optimizer.step()
-        return [p.detach().double() for group in groups for p in group["params"]]
+        return [p.detach().double() for p in params_of(groups)]
 
     exact = trajectory(TransformersAdafactor, torch.float64)
     theirs = trajectory(TransformersAdafactor, torch.float32)

@@ -7,11 +7,12 @@ from pydoc_data.topics import topics
 import pytest
 import torch
 from compilers import cut_otherwise
+from parameters import parameters, set_gradients
+from paths import PATHS
 
 from adafactor_compiled import Adafactor, StepInBackward
 from adafactor_compiled._update import rounding
 
-PATHS = {"reference": {"foreach": False}, "multi-tensor": {"compile": False}, "compiled": {"compile": True}}
 HALF = [torch.bfloat16, torch.float16]
 CPU = torch.device("cpu")
 
@@ -146,17 +147,6 @@ def test_noise_is_exact_and_never_half_way(dtype):
 SHAPES = [(6, 8), (6, 8), (5,), (5,), (), (2, 3, 4), (8, 4, 3, 4), (1, 7), (40, 30)]
 
 
-def parameters(dtype=torch.bfloat16, shapes=SHAPES):
-    generator = torch.Generator().manual_seed(0)
-    return [torch.nn.Parameter(torch.randn(shape, generator=generator).to(dtype)) for shape in shapes]
-
-
-def set_gradients(params, seed):
-    generator = torch.Generator().manual_seed(seed)
-    for p in params:
-        p.grad = torch.empty_like(p).copy_(torch.randn(p.shape, generator=generator))
-
-
 def optimizer_of(params, **options):
     return Adafactor(params, lr=1e-3, relative_step=False, stochastic_rounding=True, **options)
 
@@ -171,7 +161,7 @@ DRAWN = {
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_paths_draw_alike(name):
     dtype, shapes, options = DRAWN[name]
-    lists = {path: parameters(dtype, shapes) for path in PATHS}
+    lists = {path: parameters(shapes, dtype) for path in PATHS}
     for params in lists.values():  # a transposed parameter has its own route
         params.append(torch.nn.Parameter(params[0].detach().T.contiguous().T.clone(memory_format=torch.preserve_format)))
     optimizers = {path: optimizer_of(lists[path], **PATHS[path], **options) for path in PATHS}
@@ -190,7 +180,7 @@ def test_the_paths_draw_alike(name):
 
 def test_a_matrix_in_chunks_draws_as_a_whole_one():
     shape = (37, 16)
-    whole, chunked = parameters(shapes=[shape]), parameters(shapes=[shape])
+    whole, chunked = parameters([shape], torch.bfloat16), parameters([shape], torch.bfloat16)
     optimizers = [optimizer_of(x, compile=True) for x in (whole, chunked)]
     small = {"WHOLE_NUMEL": 128, "CHUNK_NUMEL": 128, "CHUNKS_PER_APPLY": 1, "BLOCK_NUMEL": 64}
     for params, optimizer, constants in zip((whole, chunked), optimizers, ({}, small), strict=True):
@@ -201,7 +191,7 @@ def test_a_matrix_in_chunks_draws_as_a_whole_one():
 
 
 def test_kernels_in_parts_draw_as_a_whole():
-    whole, in_parts = (parameters(shapes=[(6, 5, 3, 3)]) for _ in range(2))
+    whole, in_parts = (parameters([(6, 5, 3, 3)], torch.bfloat16) for _ in range(2))
     for params, slices in ((whole, 30), (in_parts, 8)):
         set_gradients(params, 0)
         with cut_otherwise(SLICES=slices):
@@ -211,7 +201,7 @@ def test_kernels_in_parts_draw_as_a_whole():
 
 @pytest.mark.parametrize("capturable", [False, True])
 def test_a_resumed_run_goes_on_exactly(capturable):
-    params = parameters()
+    params = parameters(SHAPES, torch.bfloat16)
     optimizer = optimizer_of(params, compile=False, rounding_seed=5, capturable=capturable)
     for step in range(3):
         set_gradients(params, step)
@@ -231,7 +221,7 @@ def test_a_resumed_run_goes_on_exactly(capturable):
 def test_the_seed_and_the_option_matter_and_float32_is_not_touched():
     results = []
     for options in ({}, {"rounding_seed": 1}, {"stochastic_rounding": False}):
-        params = [*parameters(), *parameters(torch.float32)]
+        params = [*parameters(SHAPES, torch.bfloat16), *parameters(SHAPES)]
         optimizer = Adafactor(
             params, **{"lr": 1e-3, "relative_step": False, "compile": False, "stochastic_rounding": True} | options
         )
@@ -245,7 +235,7 @@ def test_the_seed_and_the_option_matter_and_float32_is_not_touched():
 
 
 def test_in_backward_draws_alike():
-    params, twins = parameters(shapes=[(6, 8), (5,)]), parameters(shapes=[(6, 8), (5,)])
+    params, twins = parameters([(6, 8), (5,)], torch.bfloat16), parameters([(6, 8), (5,)], torch.bfloat16)
     optimizer, twin = optimizer_of(params, compile=False), optimizer_of(twins, compile=False)
     StepInBackward(optimizer)
     for chosen in (params, twins):
@@ -258,7 +248,7 @@ def test_in_backward_draws_alike():
 @pytest.mark.parametrize("value", [1.5, "7", True, None])
 def test_a_wrong_seed(value):
     with pytest.raises(ValueError, match="`rounding_seed` should be an int but is"):
-        Adafactor(parameters(), stochastic_rounding=True, rounding_seed=value)
+        Adafactor(parameters(SHAPES, torch.bfloat16), stochastic_rounding=True, rounding_seed=value)
 
 
 def train(dtype, steps=300, **options):
