@@ -33,7 +33,7 @@ from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
 class Adafactor(Optimizer):
     r"""Adafactor as transformers computes it, over shape classes, compiled.
 
-    For a parameter :math:`p` with gradient :math:`g`, at its step :math:`t` (half precision is computed in float32):
+    What it does differently in edge cases is listed in the README. For a parameter :math:`p` with gradient :math:`g`, at its step :math:`t` (half precision is computed in float32):
 
     .. math::
         \rho &= \text{lr, or with `relative_step` } \min(10^{-2}, 1/\sqrt t)
@@ -47,8 +47,8 @@ class Adafactor(Optimizer):
         m &\leftarrow \beta_1 m + (1 - \beta_1) u \text{ if `beta1` is set; then } u = m \\
         p &\leftarrow p - \text{weight\_decay}\, \alpha\, p - u
 
-    The rows and columns are the last two dimensions; leading dimensions are slices with factors of their own. A parameter with
-    fewer than two dimensions keeps its whole second moment.
+    The rows and columns are the last two dimensions, unless options say otherwise; other dimensions are slices with factors of
+    their own. A parameter with fewer than two dimensions keeps its whole second moment.
 
     Args:
         params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16; frozen ones may have
@@ -74,6 +74,17 @@ class Adafactor(Optimizer):
         rounding_seed: seed of that rounding; the same seed, step and parameter draw the same everywhere.
         nonfinite: "skip" leaves a parameter and its state as they are when its gradient has a NaN or inf, decided on the
             device; it costs a copy of both. "propagate" steps with what is there.
+        min_dim_size_to_factor: keep the whole second moment of a parameter whose rows or columns are fewer (optax has 128).
+        factor_dims: "last" takes the last two dimensions for rows and columns, "largest" the two largest, as optax does: a
+            512 x 512 x 3 x 3 kernel then keeps 9,216 numbers and not 1.5 million. Compiled where the other dimensions are 1.
+        beta2_cap: the most that beta2 becomes; None for no cap (0.999 in big_vision, https://arxiv.org/abs/2106.04560).
+        decay_offset: steps that beta2 does not count, for a run that goes on from another one, as in optax.
+        momentum_dtype: the dtype that the momentum is kept in, torch.bfloat16 for half of its memory; None for float32.
+            The arithmetic stays float32, and `stochastic_rounding` rounds the momentum too.
+        cautious: step only the elements whose momentum agrees with the gradient in sign, as much further as they are fewer
+            (Liang et al., https://arxiv.org/abs/2411.16085). Needs `beta1`; not for DTensors. What a CPU steps in several
+            passes (above 4 million elements, kernels of convolutions) it then steps uncompiled.
+        weight_decay_scale: "lr" scales weight decay by the learning rate in use; "none" takes it as it is, as big_vision.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
     Every argument but `params` and `show_progress` can be set for a parameter group. Other keys of a group are kept.
@@ -82,7 +93,8 @@ class Adafactor(Optimizer):
 
     State, per parameter, from construction: `step` (int), `RMS` (0-dim), `exp_avg_sq_row` of shape `[..., R]` and
     `exp_avg_sq_col` of shape `[..., C]` for a parameter of shape `[..., R, C]`, else `exp_avg_sq` of the parameter's
-    shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64.
+    shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64;
+    the momentum of `momentum_dtype`.
 
     Raises:
         ValueError: an option that is not what it must be or is misspelled, a parameter of another dtype, or one that is twice
@@ -99,16 +111,6 @@ class Adafactor(Optimizer):
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> optimizer.step()
         >>> optimizer.zero_grad()
-
-    Differs from transformers:
-        - `step(closure)` runs the closure with gradients enabled, so that it can call `backward()`.
-        - `load_state_dict` keeps float32 state of half-precision parameters.
-        - Options are checked at construction: `lr=None` with `relative_step=False`, numbers below zero, misspelled names.
-        - Setting `beta1` on a group that has stepped without it starts the momentum from zero.
-        - Complex parameters raise, and one that is twice in its group. `clip_threshold=None` turns clipping off.
-        - A parameter's NaN stays in its learning rate.
-        - `AdafactorSchedule` reports one value for each group at any time, and never overwrites an `lr` that was given.
-        - State is made at construction rather than at the first step; what was made on the meta device begins anew elsewhere.
 
     References:
         Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
@@ -142,6 +144,13 @@ class Adafactor(Optimizer):
         stochastic_rounding: bool = False,
         rounding_seed: int = 0,
         nonfinite: str = "propagate",
+        min_dim_size_to_factor: int = 0,
+        factor_dims: str = "last",
+        beta2_cap: float | None = None,
+        decay_offset: int = 0,
+        momentum_dtype: torch.dtype | None = None,
+        cautious: bool = False,
+        weight_decay_scale: str = "lr",
         show_progress: bool | None = None,
     ) -> None:
         given = locals()

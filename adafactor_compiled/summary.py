@@ -88,7 +88,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
                 device=str(shape_class.device),
                 members=len(part.positions),
                 factored=shape_class.factored,
-                momentum=shape_class.momentum,
+                momentum=shape_class.momentum is not None,
                 state_bytes=_bytes(value for i in part.positions for value in entries[i].state.values()),
                 path=_path(part) if compiles or part.path != "compiled" else "multi_tensor",
                 compiled=bool(of_part) and len(known) == len(of_part),

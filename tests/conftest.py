@@ -9,9 +9,8 @@ import tempfile
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read with torch: threads of two processes share the cores
 
 if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # the cache does not tell for which of them code was made
-    os.environ.setdefault(
-        "TORCHINDUCTOR_CACHE_DIR", os.path.join(tempfile.gettempdir(), f"inductor_{capability}_{os.getuid()}")
-    )
+    folder = os.path.join(tempfile.gettempdir(), f"inductor_{capability}_{os.getuid()}")
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", folder)
 
 import pytest
 import tolerances

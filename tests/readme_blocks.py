@@ -17,11 +17,6 @@ class Block(NamedTuple):
     words: tuple[str, ...]
     code: str
 
-    @property
-    def file(self) -> str | None:
-        """The NAME.py of ```` ```python file=NAME.py ````, a script that a test of its own runs in its own way."""
-        return next((word.removeprefix("file=") for word in self.words if word.startswith("file=")), None)
-
 
 def blocks(text: str | None = None) -> list[Block]:
     """All fenced blocks of the README, or of another Markdown text."""
@@ -30,9 +25,3 @@ def blocks(text: str | None = None) -> list[Block]:
         Block(text.count("\n", 0, match.start()) + 2, match[1], tuple(match[2].split()), match[3])
         for match in FENCE.finditer(text)
     ]
-
-
-def script(name: str) -> str:
-    """The code of the block ```` ```python file=name ````."""
-    [code] = [block.code for block in blocks() if block.file == name]
-    return code

@@ -92,6 +92,21 @@ def _laid_out(shape: tuple[int, ...], layout: str, dtype: torch.dtype) -> Tensor
     return torch.empty((*shape, 2), dtype=dtype)[..., 0]  # strided: every second element
 
 
+def variations(momentum: bool) -> st.SearchStrategy[dict[str, Any]]:
+    """Options of other Adafactors, some of them."""
+    return st.fixed_dictionaries(
+        {},
+        optional={
+            "min_dim_size_to_factor": st.sampled_from([2, 3, 4, 20]),
+            "factor_dims": st.just("largest"),
+            "beta2_cap": st.sampled_from([0.5, 0.99]),
+            "decay_offset": st.sampled_from([1, 5]),
+            "weight_decay_scale": st.just("none"),
+            **({"cautious": st.just(True)} if momentum else {}),
+        },
+    )
+
+
 @st.composite
 def options(draw: st.DrawFn, ours: bool) -> dict[str, Any]:
     """Options of one group; with `ours`, also those that transformers lacks."""
@@ -109,6 +124,7 @@ def options(draw: st.DrawFn, ours: bool) -> dict[str, Any]:
     }
     if ours:
         drawn["maximize"] = draw(st.booleans())
+        drawn |= draw(st.one_of(st.just({}), variations(drawn["beta1"] is not None)))
         if draw(st.integers(0, 4)) == 4:
             drawn["clip_threshold"] = None
         if not relative_step and draw(st.booleans()):

@@ -1,14 +1,10 @@
 """Checkpoints: of other optimizers' real classes, refused ones, and through torch.distributed.checkpoint."""
 
 import copy
-import importlib
-import importlib.util
-import sys
-import types
-from pathlib import Path
 
 import pytest
 import torch
+from bare_timm import timm_module
 from parameters import parameters, set_gradients
 from pytorch_optimizer import AdaFactor as PytorchOptimizerAdaFactor
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
@@ -19,15 +15,7 @@ SHAPES = [(6, 9), (12,), (2, 3, 5), ()]
 
 
 def timm_adafactor():
-    """timm's class without timm, which needs a torchvision: its module imports nothing but two helpers beside it."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.submodule_search_locations is None:
-        pytest.skip("timm is not installed")
-    if "bare_timm_optim" not in sys.modules:
-        package = types.ModuleType("bare_timm_optim")
-        package.__path__ = [str(Path(path) / "optim") for path in spec.submodule_search_locations]
-        sys.modules["bare_timm_optim"] = package
-    return importlib.import_module("bare_timm_optim.adafactor").Adafactor
+    return timm_module("adafactor").Adafactor
 
 
 def run(optimizer, params, steps):

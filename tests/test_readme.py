@@ -1,7 +1,6 @@
 """Every Python block of the README runs, and what the README and the profiles' page point to is there.
 
-A block stands alone, unless it is opened as "python continues": it then goes on in the names of the block before it. A script
-that another program has to start (torchrun, say) is opened as "python file=NAME.py", and a test of its own runs it.
+A block stands alone, unless it is opened as "python continues": it then goes on in the names of the block before it.
 """
 
 import re
@@ -17,7 +16,7 @@ def chapters():
     """Lists of blocks, each a block and those that continue it."""
     result = []
     for block in blocks():
-        if block.language == "python" and block.file is None:
+        if block.language == "python":
             if "continues" in block.words:
                 result[-1].append(block)
             else:
@@ -39,16 +38,8 @@ def test_block_runs(chapter, tmp_path, monkeypatch):
 
 def test_words_of_blocks_are_known():
     for block in blocks():
-        unknown = [word for word in block.words if word != "continues" and not word.startswith("file=")]
+        unknown = [word for word in block.words if word != "continues"]
         assert not unknown, f"README.md line {block.line - 1}: {unknown} means nothing to these tests"
-
-
-def test_scripts_have_a_test():
-    tests = [path.read_text(encoding="utf-8") for path in (ROOT / "tests").rglob("test_*.py")]
-    for block in blocks():
-        if block.file is not None:
-            compile(block.code, block.file, "exec")
-            assert any(f'"{block.file}"' in text for text in tests), f"no test runs {block.file} of README.md"
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

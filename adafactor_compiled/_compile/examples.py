@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._update import kernels, matrices, pieces, vectors
 from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.numbers import Numbers
@@ -55,7 +56,7 @@ class Pass(NamedTuple):
     device: torch.device
     dtype: torch.dtype
     grad_dtype: torch.dtype
-    momentum: bool
+    momentum: Momentum | None
     rounding: bool
     k: int  # members of a call
     sizes: tuple[int, ...]  # magnitudes of its dynamic sizes, those of kernels of convolutions in front as they are
@@ -104,7 +105,7 @@ class Make:
         return self.of(*shape, dtype=self.key.dtype), self.of(*shape, dtype=self.key.grad_dtype)
 
     def exp_avg(self, *shape: int) -> Tensor | None:
-        return self.of(*shape) if self.key.momentum else None
+        return self.of(*shape, dtype=self.key.momentum.dtype) if self.key.momentum else None
 
     def ones(self, shape: tuple[int, ...]) -> Tensor | None:
         ones = matrices.ones_for(shape, self.key.grad_dtype, self.device)
@@ -138,7 +139,8 @@ class Make:
                 lists["cols"].append(self.of(*(shape if twice else (*lead, shape[-1]))))
             if exp_avg is not None:
                 lists["exp_avgs"].append(exp_avg)
-        return Members(**lists, table=self.table(k), draws=self.draws(k))
+        cautious = self.key.momentum is not None and self.key.momentum.cautious
+        return Members(**lists, table=self.table(k), draws=self.draws(k), cautious=cautious)
 
 
 MEMBERS: dict[Any, tuple[Typical, str]] = {

@@ -16,6 +16,7 @@ from torch import Tensor
 from adafactor_compiled._compile.examples import ANY, MANY, NARROW, OF_KERNELS, SIXTEENS, Pass, example_of, magnitude
 from adafactor_compiled._compile.options import OVER_ROWS, SUMS_ALONE, members_of_a_call, options_of
 from adafactor_compiled._compile.progress import progress
+from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._update import kernels, matrices
 from adafactor_compiled._update.members import Members
 
@@ -25,12 +26,12 @@ def pass_of(
     sizes: Sequence[int],
     device: torch.device,
     dtypes: tuple[torch.dtype, torch.dtype],
-    momentum: bool,
+    momentum: Momentum | None,
     rounding: bool,
 ) -> Pass:
     """The pass of a function for parameters and gradients of these dtypes and, as far as that matters, of these sizes."""
     if function in SUMS_ALONE:
-        momentum = rounding = False
+        momentum, rounding = None, False
     fixed = 2 if function in OF_KERNELS else 0
     magnitudes = (*sizes[:fixed], *map(magnitude, sizes[fixed:]))
     if function is kernels.step_kernels:  # one graph: its example is long, and what is short takes no longer

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -16,8 +16,10 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._state.options import wants_rounding
+from adafactor_compiled._state.moments import factored_dims
+from adafactor_compiled._state.options import Group, wants_rounding
 from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
+from adafactor_compiled._state.views import moved
 from adafactor_compiled._update.numbers import to_device
 
 Shape = tuple[int, ...]
@@ -41,6 +43,21 @@ class Slot(NamedTuple):
                 self.first[name].copy_(term)
 
 
+class Kind(NamedTuple):
+    """What the places of a parameter depend on beside itself."""
+
+    dims: tuple[int, int] | None  # see `factored_dims`
+    rounds: bool  # stochastically
+
+    @classmethod
+    def of(cls, param: DTensor, group: Group) -> Kind:
+        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group))
+
+    def seen(self, param: DTensor) -> DTensor:
+        """With its rows and columns last."""
+        return cast(DTensor, moved(param, self.dims))
+
+
 class Exchange:
     """The buffers of the parameters on one mesh, and the process group that adds them up.
 
@@ -50,23 +67,28 @@ class Exchange:
     Args:
         mesh: the mesh, which this rank is part of.
         params: (position in the optimizer, parameter) of everything on this mesh that may get a gradient.
+        kinds: what else its places depend on.
 
     Raises:
         RuntimeError: on every rank, where the ranks' parameters differ.
     """
 
-    def __init__(self, mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]]) -> None:
+    def __init__(self, mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]], kinds: Sequence[Kind]) -> None:
         _check_agreement(mesh, params)
-        self.params = params
+        self.params, self.kinds = params, kinds
         summed = sorted({dim for _, param in params for dim in split_dims(param)})
         self.group = _group_over(mesh, summed)
         self.ranks = math.prod(mesh.size(dim) for dim in summed)
         dtype = torch.float64 if any(param.dtype == torch.float64 for _, param in params) else torch.float32
         self.device = device = params[0][1].to_local().device
-        terms = [_terms(split_of(param), tuple(param.shape)) for _, param in params]
+        seen = [kind.seen(param) for (_, param), kind in zip(params, kinds, strict=True)]
+        terms = [_terms(split_of(x, kind.dims is not None), tuple(x.shape)) for x, kind in zip(seen, kinds, strict=True)]
         self.first, first = _buffer(len(params), [x for x, _ in terms], dtype, device)
         self.second, second = _buffer(0, [x for _, x in terms], dtype, device)
-        self.slots = {position: _slot(i, param, summed, first[i], second[i]) for i, (position, param) in enumerate(params)}
+        self.slots = {
+            position: _slot(i, x, kind, summed, first[i], second[i])
+            for i, ((position, _), x, kind) in enumerate(zip(params, seen, kinds, strict=True))
+        }
         # A read would make every step wait for the device: there the copy is looked at before the next step.
         self.tells_late = device.type != "cpu"
         self._unread: tuple[Tensor, Tensor, torch.Event] | None = None
@@ -143,14 +165,17 @@ def _buffer(
     return flat, [{name: next(views).view(shape) for name, shape in of_param.items()} for of_param in terms]
 
 
-def _slot(index: int, param: DTensor, summed: list[int], first: dict[str, Tensor], second: dict[str, Tensor]) -> Slot:
-    split, split_by, coordinate = split_of(param), split_dims(param), param.device_mesh.get_coordinate() or ()
+def _slot(
+    index: int, param: DTensor, kind: Kind, summed: list[int], first: dict[str, Tensor], second: dict[str, Tensor]
+) -> Slot:
+    factored = kind.dims is not None
+    split, split_by, coordinate = split_of(param, factored), split_dims(param), param.device_mesh.get_coordinate() or ()
     of_rows = [dim for dim, tensor_dim in split_by.items() if tensor_dim != param.ndim - 1]
     return Slot(
         index,
         split,
         window=window_of(param) if split is Split.GRID else [],
-        origin=origin_of(param) if wants_rounding(param.dtype, True) else None,
+        origin=origin_of(param, factored) if kind.rounds else None,
         counts=all(coordinate[dim] == 0 for dim in summed if dim not in split_by),
         owns_rows=all(coordinate[dim] == 0 for dim in summed if dim not in of_rows),
         first=first,

@@ -17,12 +17,14 @@ from torch.distributed.tensor import DTensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._compile.passes import pass_of
-from adafactor_compiled._sharded.exchange import Exchange, Slot
+from adafactor_compiled._sharded.exchange import Exchange, Kind, Slot
 from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import group_by_key
-from adafactor_compiled._state.options import Group, wants_rounding
-from adafactor_compiled._state.placements import Split, checked_origin, local, split_of
+from adafactor_compiled._state.moments import factored_dims, momentum_of
+from adafactor_compiled._state.options import NOT_SHARDED, Group, wants_rounding
+from adafactor_compiled._state.placements import Split, local, split_of
+from adafactor_compiled._state.views import origin_in
 from adafactor_compiled._update import vectors
 from adafactor_compiled._update.chunks import Run, vector_shape
 from adafactor_compiled._update.matrices import Averages, Factors, Sums, averages, finish
@@ -33,18 +35,19 @@ from adafactor_compiled._update.rounding import draws_of_entries
 
 def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exchange]:
     """The exchanges of all DTensor parameters that may get a gradient: the last ones, where these are the same."""
-    params = [param for group in groups for param in group["params"]]
+    params = [(param, group) for group in groups for param in group["params"]]
     sharded = [
-        (i, param)
-        for i, param in enumerate(params)
+        (i, param, Kind.of(param, group))
+        for i, (param, group) in enumerate(params)
         if isinstance(param, DTensor) and (param.requires_grad or param.grad is not None)
     ]
-    known = [x for exchange in last for x in exchange.params]
-    same = len(known) == len(sharded) and {(i, id(x)) for i, x in known} == {(i, id(x)) for i, x in sharded}
+    known = [(*x, kind) for exchange in last for x, kind in zip(exchange.params, exchange.kinds, strict=True)]
+    same = len(known) == len(sharded) and {(i, id(x), kind) for i, x, kind in known} == {(i, id(x), y) for i, x, y in sharded}
     if same and all(x.device == exchange.device for exchange in last for _, x in exchange.params):
         return last
-    by_mesh = group_by_key(param.device_mesh for _, param in sharded)
-    return [Exchange(mesh, [sharded[i] for i in chosen]) for mesh, chosen in by_mesh.items()]
+    by_mesh = group_by_key(param.device_mesh for _, param, _ in sharded)
+    of_meshes = [(mesh, [sharded[i] for i in chosen]) for mesh, chosen in by_mesh.items()]
+    return [Exchange(mesh, [x[:2] for x in chosen], [x[2] for x in chosen]) for mesh, chosen in of_meshes]
 
 
 class Job(NamedTuple):
@@ -68,8 +71,10 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
         Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group asks.
 
     Raises:
-        RuntimeError: before anything has changed, where another rank has other gradients.
+        RuntimeError: before anything has changed, where another rank has other gradients, or of a cautious update.
     """
+    if any(job.entry.group["cautious"] for job in jobs):
+        raise RuntimeError(NOT_SHARDED)
     slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
     for exchange in exchanges:
         exchange.clear()
@@ -98,7 +103,7 @@ def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
         chosen = [rounding[i] for i in of_device]
         entries = [jobs[i].entry for i in chosen]
         # One that has no origin raises here: its option was switched on by hand.
-        origins = [slots[entry.position].origin or checked_origin(entry.param, entry.position) for entry in entries]
+        origins = [slots[entry.position].origin or origin_in(entry.param, entry.group, entry.position) for entry in entries]
         for i, draws in zip(chosen, draws_of_entries(entries, origins), strict=True):
             jobs[i] = jobs[i]._replace(draws=draws)
     return jobs
@@ -111,7 +116,7 @@ def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Piece]:
 
 
 def _rounds(entry: Entry) -> bool:
-    return wants_rounding(entry.param.dtype, entry.group["stochastic_rounding"])
+    return wants_rounding(entry.param.dtype, entry.group)
 
 
 def local_grad(entry: Entry) -> Tensor:
@@ -129,7 +134,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
         if path_of(entry.group) != "compiled":
             continue
         p, g = local(entry.param), local(entry.grad)
-        split = split_of(cast(DTensor, entry.param))
+        split = split_of(cast(DTensor, entry.param), factored_dims(entry.param.shape, entry.group) is not None)
         if split is Split.VECTOR and _can_compile_vector(p, g):
             shape = vector_shape(p.numel())
             keys |= {_pass_for(entry, function, shape): None for function in (vectors.vector_sums, vectors.apply_vector)}
@@ -140,7 +145,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
 
 def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:
     param, dtypes = entry.param, (entry.param.dtype, entry.grad.dtype)
-    return pass_of(function, sizes, param.device, dtypes, entry.group["beta1"] is not None, _rounds(entry))
+    return pass_of(function, sizes, param.device, dtypes, momentum_of(param.dtype, entry.group), _rounds(entry))
 
 
 def _runner(job: Job, compiles: bool) -> Run:

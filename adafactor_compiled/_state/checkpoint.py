@@ -14,8 +14,9 @@ from torch.optim import Optimizer
 
 from adafactor_compiled._state import placements
 from adafactor_compiled._state.layout import compute_dtype
-from adafactor_compiled._state.moments import State, complete, dims_of, shapes_of
-from adafactor_compiled._state.options import EXECUTION, OPTIONS, Group, check_options, plain, wants_rounding
+from adafactor_compiled._state.moments import State, complete, factored_dims, shapes_of
+from adafactor_compiled._state.options import EXECUTION, LAYOUT, OPTIONS, Group, check_options, plain, wants_rounding
+from adafactor_compiled._state.views import origin_in
 
 
 @contextmanager
@@ -32,7 +33,7 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
         for position, state in loaded_states(loaded):
-            optimizer.state[params[position]] = adopt(state, params[position])
+            optimizer.state[params[position]] = adopt(state, params[position], groups[position])
             complete(optimizer.state[params[position]], params[position], groups[position])
 
     hooks = (
@@ -53,18 +54,19 @@ def portable(state: State) -> State:
     return {**state, **count}
 
 
-def adopt(loaded: State, param: Tensor) -> State:
+def adopt(loaded: State, param: Tensor, group: Group) -> State:
     """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
     loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
-    return {key: _adopted(key, value, param) if isinstance(value, Tensor) else value for key, value in loaded.items()}
+    dims = shapes_of(param, {**group, "beta1": 0.0})
+    return {key: _adopted(key, value, param, dims) if isinstance(value, Tensor) else value for key, value in loaded.items()}
 
 
-def _adopted(key: str, value: Tensor, param: Tensor) -> Tensor:
-    if key not in shapes_of(param, momentum=True):  # another tool's: as it was
+def _adopted(key: str, value: Tensor, param: Tensor, of_dims: dict[str, list[int]]) -> Tensor:
+    dims, dtype = of_dims.get(key), compute_dtype(param.dtype)
+    if dims is None:  # another tool's: as it was
         return value.detach().to(param.device, copy=True)
-    dtype = compute_dtype(param.dtype)
     if isinstance(param, DTensor) and key != "RMS":
-        return placements.placed(value, param, dims_of(key, param.ndim), dtype)
+        return placements.placed(value, param, dims, dtype)
     if isinstance(value, DTensor):
         value = value.full_tensor()
     return value.detach().to(device=param.device, dtype=dtype, copy=True, memory_format=torch.contiguous_format)
@@ -84,18 +86,33 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         )
     filled = []
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in EXECUTION)}
+        _check_layout(saved, group, index)
+        kept = (*EXECUTION, *LAYOUT)
+        own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in kept)}
         filled.append(plain({**saved, **own}))
         check_options(filled[-1], f" (parameter group {index} of the checkpoint)")
     indices = [index for saved in saved_groups for index in saved["params"]]
     params = [param for group in groups for param in group["params"]]
-    rounds = [group["stochastic_rounding"] for group in filled for _ in group["params"]]
+    of_params = [group for group in filled for _ in group["params"]]
     for position, (index, param) in enumerate(zip(indices, params, strict=True)):
-        if wants_rounding(param.dtype, rounds[position]):
-            placements.checked_origin(param, position)
+        if wants_rounding(param.dtype, of_params[position]):
+            origin_in(param, of_params[position], position)
         if state_dict["state"].get(index):
-            _check_loaded(state_dict["state"][index], param, position)
+            _check_loaded(state_dict["state"][index], param, of_params[position], position)
     return {**state_dict, "param_groups": filled}
+
+
+def _check_layout(saved: Group, group: Group, index: int) -> None:
+    """Raise ValueError where the second moments of a group are kept otherwise than those of its checkpoint."""
+    theirs = {"min_dim_size_to_factor": 0, "factor_dims": "last"} | {name: saved[name] for name in LAYOUT if name in saved}
+    for param in group["params"]:
+        if factored_dims(param.shape, theirs) != factored_dims(param.shape, group):
+            was, own = (", ".join(f"{name}={x[name]!r}" for name in LAYOUT) for x in (theirs, group))
+            raise ValueError(
+                f"the checkpoint's parameter group {index} has the second moment of a parameter of shape "
+                f"{tuple(param.shape)} as with {was}, this optimizer as with {own}; construct it with the former; "
+                "nothing was loaded"
+            )
 
 
 def loaded_states(state_dict: dict[str, Any]) -> Iterator[tuple[int, State]]:
@@ -106,10 +123,10 @@ def loaded_states(state_dict: dict[str, Any]) -> Iterator[tuple[int, State]]:
             yield position, state_dict["state"][index]
 
 
-def _check_loaded(loaded: State, param: Tensor, index: int) -> None:
+def _check_loaded(loaded: State, param: Tensor, group: Group, index: int) -> None:
     """Raise ValueError where a checkpoint's state cannot be this parameter's."""
     shape = tuple(param.shape)
-    dims = shapes_of(param, "exp_avg" in loaded)
+    dims = shapes_of(param, {**group, "beta1": 0.0 if "exp_avg" in loaded else None})
     expected = {key: tuple(shape[dim] for dim in dims[key]) for key in dims if key != "RMS"}
     where = f"of parameter {index} (shape {shape})"
     missing = [key for key in ("step", *expected) if key not in loaded]

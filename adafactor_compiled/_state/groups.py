@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.nn import UninitializedParameter
 
-from adafactor_compiled._state import names, options, placements
+from adafactor_compiled._state import names, options, placements, views
 from adafactor_compiled._state.options import Group
 
 
@@ -42,6 +43,8 @@ def checked_parameters(group: Group, defaults: Group, groups: Sequence[Group]) -
         if tensor.requires_grad:  # what is frozen may be packed or complex
             options.check_parameter(tensor, index)
         placements.check_placements(tensor, index)
-        if options.wants_rounding(tensor.dtype, merged["stochastic_rounding"]):
-            placements.checked_origin(tensor, index)
+        if merged["cautious"] and isinstance(tensor, DTensor):
+            raise ValueError(options.NOT_SHARDED)
+        if options.wants_rounding(tensor.dtype, merged):
+            views.origin_in(tensor, merged, index)
     return params

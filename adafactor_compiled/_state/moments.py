@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,25 +17,42 @@ from adafactor_compiled._state.options import Group
 State = dict[str, Any]
 
 
-def dims_of(key: str, ndim: int) -> list[int]:
-    """Which dimensions of a parameter a tensor of its state has."""
-    dims = [] if key == "RMS" else list(range(ndim))
-    if key == "exp_avg_sq_row":
-        del dims[-1]
-    elif key == "exp_avg_sq_col":
-        del dims[-2]
-    return dims
+class Momentum(NamedTuple):
+    dtype: torch.dtype
+    cautious: bool
 
 
-def shapes_of(param: Tensor, momentum: bool) -> dict[str, list[int]]:
+def momentum_of(dtype: torch.dtype, group: Group) -> Momentum | None:
+    """That of a parameter of `dtype`."""
+    if group["beta1"] is None:
+        return None
+    return Momentum(group["momentum_dtype"] or compute_dtype(dtype), group["cautious"])
+
+
+def factored_dims(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Which dimensions are the rows and the columns, in this order; None where the second moment is kept whole."""
+    dims = range(len(shape))
+    if group["factor_dims"] == "largest":  # of equal ones the last
+        dims = sorted(sorted(dims, key=lambda dim: (shape[dim], dim))[-2:])  # type: ignore[assignment]
+    if len(shape) < 2 or min(shape[dim] for dim in dims[-2:]) < group["min_dim_size_to_factor"]:
+        return None
+    return dims[-2], dims[-1]
+
+
+def shapes_of(param: Tensor, group: Mapping[str, Any]) -> dict[str, list[int]]:
     """The dimensions of a parameter that each tensor of its state has."""
-    keys = ["exp_avg_sq_row", "exp_avg_sq_col"] if param.ndim >= 2 else ["exp_avg_sq"]
-    return {key: dims_of(key, param.ndim) for key in [*keys, *["exp_avg"] * momentum, "RMS"]}
+    every, factored = list(range(param.ndim)), factored_dims(param.shape, group)
+    if factored is None:
+        dims = {"exp_avg_sq": every}
+    else:
+        rows, columns = factored
+        dims = {"exp_avg_sq_row": [i for i in every if i != columns], "exp_avg_sq_col": [i for i in every if i != rows]}
+    return dims | ({} if group["beta1"] is None else {"exp_avg": every}) | {"RMS": []}
 
 
 def check(state: State, param: Tensor, group: Group, index: int) -> None:
     """Raise RuntimeError for a state that cannot be this parameter's."""
-    for key, dims in shapes_of(param, group["beta1"] is not None).items():
+    for key, dims in shapes_of(param, group).items():
         value, shape = state.get(key), [param.shape[dim] for dim in dims]
         if value is not None and list(getattr(value, "shape", [])) != shape:
             raise RuntimeError(
@@ -60,8 +77,10 @@ def complete(state: State, param: Tensor, group: Group) -> None:
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     else:
         state["step"] = int(step)
-    for key, dims in shapes_of(param, group["beta1"] is not None).items():
-        state[key] = _fitted(state.get(key), key, dims, param)
+    momentum = momentum_of(param.dtype, group)
+    for key, dims in shapes_of(param, group).items():
+        dtype = momentum.dtype if key == "exp_avg" and momentum is not None else compute_dtype(param.dtype)
+        state[key] = _fitted(state.get(key), key, dims, param, dtype)
     if group["capturable"] and not torch.compiler.is_compiling():
         # CUDA graphs made by torch.compile then update these in place; others they would copy in, and not step at all.
         for value in state.values():
@@ -81,9 +100,9 @@ def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:
             del states[param]
 
 
-def _fitted(value: Any, key: str, dims: list[int], param: Tensor) -> Tensor:
+def _fitted(value: Any, key: str, dims: list[int], param: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor itself, where it fits; zeros for none."""
-    dtype, shape = compute_dtype(param.dtype), [param.shape[dim] for dim in dims]
+    shape = [param.shape[dim] for dim in dims]
     fits = isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device
     if isinstance(param, DTensor) and key != "RMS":
         if value is None:

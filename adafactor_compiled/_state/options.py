@@ -13,6 +13,8 @@ Group = dict[str, Any]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
 EXECUTION = ("foreach", "compile", "capturable")
+# What the state looks like: a checkpoint must be made with what comes to the same.
+LAYOUT = ("min_dim_size_to_factor", "factor_dims")
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -51,12 +53,24 @@ def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _is_nonfinite(value: object) -> bool:
-    return value in ("propagate", "skip")
+def _one_of(*choices: str) -> Callable[[object], bool]:
+    return lambda value: isinstance(value, str) and value in choices
+
+
+def _is_beta2_cap(value: object) -> bool:
+    return value is None or (_is_number(value) and 0 < value < 1)  # type: ignore[operator]
+
+
+def _is_momentum_dtype(value: object) -> bool:
+    return value in (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return _is_int(value) and value >= 0  # type: ignore[operator]
 
 
 def _is_bool_or_none(value: object) -> bool:
@@ -80,7 +94,14 @@ OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "capturable": (_is_bool, "a bool"),
     "stochastic_rounding": (_is_bool, "a bool"),
     "rounding_seed": (_is_int, "an int"),
-    "nonfinite": (_is_nonfinite, '"propagate" or "skip"'),
+    "nonfinite": (_one_of("propagate", "skip"), '"propagate" or "skip"'),
+    "min_dim_size_to_factor": (_is_count, "an int >= 0"),
+    "factor_dims": (_one_of("last", "largest"), '"last" or "largest"'),
+    "beta2_cap": (_is_beta2_cap, "None or a number between 0 and 1"),
+    "decay_offset": (_is_count, "an int >= 0"),
+    "momentum_dtype": (_is_momentum_dtype, "None, torch.float32, torch.bfloat16 or torch.float16"),
+    "cautious": (_is_bool, "a bool"),
+    "weight_decay_scale": (_one_of("lr", "none"), '"lr" or "none"'),
 }
 
 
@@ -112,6 +133,8 @@ def check_options(group: Mapping[str, Any], where: str = "") -> None:
             raise ValueError(f"`{name}` should be {expected} but is: {value!r}{where}")
     if group["warmup_init"] and not group["relative_step"]:
         raise ValueError("`warmup_init=True` requires `relative_step=True`")
+    if group["cautious"] and group["beta1"] is None:
+        raise ValueError(f"`cautious=True` compares a momentum with its gradient and needs `beta1`{where}")
     if group["lr"] is None and not group["relative_step"]:
         raise ValueError(
             "`lr` should be a number or a tensor when `relative_step=False` but is: None; "
@@ -128,8 +151,18 @@ def check_manual_lr(lr: object, relative_step: object) -> None:
         raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
 
 
-def wants_rounding(dtype: torch.dtype, stochastic_rounding: bool) -> bool:
-    return stochastic_rounding and dtype in (torch.bfloat16, torch.float16)
+HALF = (torch.bfloat16, torch.float16)
+
+
+NOT_SHARDED = (
+    "`cautious` should be False for sharded parameters, whose ranks would have to count the signs that agree, but is: True"
+)
+
+
+def wants_rounding(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
+    """Whether a parameter of `dtype`, or its momentum, is rounded stochastically."""
+    in_half = dtype in HALF or (group["beta1"] is not None and group["momentum_dtype"] in HALF)
+    return group["stochastic_rounding"] and in_half
 
 
 def check_parameter(param: Tensor, index: int, error: type[Exception] = ValueError) -> None:

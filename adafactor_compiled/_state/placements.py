@@ -19,7 +19,7 @@ from adafactor_compiled._state.layout import contiguous_stride
 class Split(Enum):
     """What a rank can sum by itself, which decides how a parameter is stepped."""
 
-    VECTOR = "fewer than two dimensions: the second moment is local"
+    VECTOR = "the second moment is kept whole, and is local"
     SLICES = "rows and columns are whole: the factors are local"
     ROWS = "the rows are split: row averages are local, column sums are not"
     COLUMNS = "the columns are split: column averages are local, row sums are not"
@@ -43,8 +43,8 @@ def split_dims(param: DTensor) -> dict[int, int]:
     return {i: x.dim % ndim for i, x in enumerate(param.placements) if is_split(x) and mesh.size(i) > 1}  # type: ignore[attr-defined]
 
 
-def split_of(param: DTensor) -> Split:
-    if param.ndim < 2:
+def split_of(param: DTensor, factored: bool = True) -> Split:
+    if param.ndim < 2 or not factored:
         return Split.VECTOR
     dims = {dim - param.ndim for dim in split_dims(param).values()}
     if not dims & {-1, -2}:
@@ -97,9 +97,11 @@ class Origin(NamedTuple):
     column: int = 0
 
 
-def origin_of(param: DTensor) -> Origin | None:
+def origin_of(param: DTensor, factored: bool = True) -> Origin | None:
     """None, on all ranks alike, where the elements of a piece do not follow one another in slices, rows or columns."""
     lead, split = param.shape[:-2], split_dims(param).values()
+    if not factored and param.ndim > 1:  # one row of all elements
+        return None if split else Origin()
     if any(dim in split and lead[:dim].numel() > 1 for dim in range(len(lead))):
         return None
     if not all(_same_on_all_ranks(param, dim) for dim in range(param.ndim)):
@@ -120,9 +122,9 @@ def _same_on_all_ranks(param: DTensor, dim: int) -> bool:
     return not strided or param.shape[dim] % ranks == 0
 
 
-def checked_origin(param: Tensor, index: int) -> Origin:
+def checked_origin(param: Tensor, index: int, factored: bool = True) -> Origin:
     """Raise ValueError for a distributed parameter that cannot be rounded stochastically."""
-    origin = origin_of(param) if isinstance(param, DTensor) else Origin()
+    origin = origin_of(param, factored) if isinstance(param, DTensor) else Origin()
     if origin is None:
         raise ValueError(
             "`stochastic_rounding` draws by an element's place and needs pieces contiguous in slices, rows and columns "

@@ -141,7 +141,7 @@ def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
         k = call.keys[0].k
     draws = tables.draws(call.positions, k, call.routes[0].transposed) if of.rounding else None
     table = tables.of(call.positions, k)
-    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws)
+    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws, _is_cautious(of))
 
 
 def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:
@@ -158,4 +158,9 @@ def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[
         ones=[],
         table=tables.of(positions, k),
         draws=tables.draws(positions, k) if of.rounding else None,
+        cautious=_is_cautious(of),
     )
+
+
+def _is_cautious(of: ShapeClass) -> bool:
+    return of.momentum is not None and of.momentum.cautious

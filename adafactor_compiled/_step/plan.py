@@ -14,8 +14,9 @@ from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
 from adafactor_compiled._state.moments import check, complete
-from adafactor_compiled._state.options import Group, check_gradient, wants_rounding
+from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
+from adafactor_compiled._state.views import is_moved, with_dims_last
 from adafactor_compiled._step.calls import Call, calls_inline, calls_of
 from adafactor_compiled._step.routes import route_of
 from adafactor_compiled._step.shape_class import ShapeClass, shape_class_of
@@ -41,6 +42,7 @@ class Plan(NamedTuple):
     all_eager: list[Part]  # what is stepped eagerly, where nothing is compiled
     calls: list[Call]
     sharded: list[int]  # the positions of DTensors
+    moved: list[int]  # of what is factored over other dimensions than its last two
     passes: list[Pass]  # what the calls run, and the sharded step on this rank
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
@@ -62,7 +64,9 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         check(entry.state, entry.param, entry.group, entry.position)
     for entry in entries:
         complete(entry.state, entry.param, entry.group)
-    classes = [(path_of(x.group, x.param), _class_of(x)) for x in entries]
+    moved = [i for i, entry in enumerate(entries) if is_moved(entry)]
+    seen = with_dims_last(entries, moved)
+    classes = [(path_of(x.group, x.param), _class_of(x)) for x in seen]
     parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
     routed = [part for part in parts if part.path == "compiled" and route_of(part.shape_class) is not None]
@@ -77,7 +81,8 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         _eager_parts(classes, unsharded),
         calls,
         sharded,
-        [] if inline else [*(key for call in calls for key in call.keys), *passes_of_shards(entries[i] for i in sharded)],
+        moved,
+        [] if inline else [*(key for call in calls for key in call.keys), *passes_of_shards(seen[i] for i in sharded)],
         [torch.zeros_like(entry.state["RMS"]) for entry in entries],
     )
 
@@ -104,7 +109,7 @@ def _described(entry: Entry) -> Described:
 
 
 def _options_of(group: Group) -> tuple[Any, ...]:
-    names = ("foreach", "compile", "stochastic_rounding", "capturable")
+    names = ("foreach", "compile", "stochastic_rounding", "capturable", "momentum_dtype", "cautious", *LAYOUT)
     return group["beta1"] is None, *(group[name] for name in names)
 
 
@@ -139,11 +144,10 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
 
 def _class_of(entry: Entry) -> ShapeClass:
     _, param, grad, state, group = entry
-    rounds = wants_rounding(param.dtype, group["stochastic_rounding"])
     tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
     # A class of parameters may be derived from Parameter for its name alone.
     plain = all(type(x) is Tensor for x in tensors) and (type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor)
-    return shape_class_of(param, grad, group["beta1"] is not None, rounds, plain)
+    return shape_class_of(param, grad, group, plain)
 
 
 def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) -> list[Part]:

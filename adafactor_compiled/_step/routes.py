@@ -62,16 +62,18 @@ def route_of(of: ShapeClass) -> Route | None:
     if not of.factored:
         return _vector(of) if contiguous else None
     *lead, rows, columns = of.shape
-    if contiguous and lead and math.prod(lead) > 1 and rows * columns <= kernels.MOST:
-        return _kernels(of.shape, of.device.type)
-    if 1 in (rows, columns):
-        return None
-    if contiguous:
-        return _matrix(of.shape, of.device.type)
     transposed = (*contiguous_stride((*lead, columns, rows))[:-2], 1, rows)
-    if all(same_layout(of.shape, x, transposed) for x in strides):
-        return _matrix((*lead, columns, rows), of.device.type)._replace(transposed=True)
-    return None
+    route = None
+    if contiguous and lead and math.prod(lead) > 1 and rows * columns <= kernels.MOST:
+        route = _kernels(of.shape, of.device.type)
+    elif 1 in (rows, columns):
+        return None
+    elif contiguous:
+        route = _matrix(of.shape, of.device.type)
+    elif all(same_layout(of.shape, x, transposed) for x in strides):
+        route = _matrix((*lead, columns, rows), of.device.type)._replace(transposed=True)
+    # How many elements agree in sign is known only after all of them were read: several passes would take one more.
+    return None if route is not None and route.in_parts and of.momentum and of.momentum.cautious else route
 
 
 def _vector(of: ShapeClass) -> Route:

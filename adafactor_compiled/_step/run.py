@@ -14,6 +14,7 @@ from adafactor_compiled._state.entries import Entry, count_step, path_of
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
+from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call, run_inline
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
@@ -36,8 +37,9 @@ class Record(NamedTuple):
 
 def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> Record:
     """Step all entries in place; `compiles`: whether what is to be compiled runs compiled, by itself or as part of a graph."""
-    kept = kept_of(entries, plan.update_rms)
+    kept, all_entries = kept_of(entries, plan.update_rms), entries
     count_step(entries)
+    entries = with_dims_last(entries, plan.moved)
     tables = Tables(tables_of(entries), _draws_of(entries))
     finite = _run_sharded(plan, entries, tables.tables, exchanges, compiles) if exchanges else {}
     named = profiled()
@@ -53,14 +55,14 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
             measured += _run_part(part, plan, entries, tables)
     _keep_measured(measured, plan, entries)
     skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
-    params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
+    params, rms = [entry.param for entry in all_entries], [entry.state["RMS"] for entry in entries]
     return Record(params, tables.tables, rms, plan.update_rms, skipped)
 
 
 def _draws_of(entries: list[Entry]) -> dict[int, Tensor]:
     """What determines the noise of the entries that are rounded stochastically, by their positions among all."""
     draws: dict[int, Tensor] = {}
-    rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group["stochastic_rounding"])]
+    rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group)]
     for of_device in group_by_key(entries[i].param.device for i in rounding).values():
         chosen = [rounding[j] for j in of_device]
         for i, of_entry in zip(chosen, draws_of_entries([entries[i] for i in chosen], [Origin()] * len(chosen)), strict=True):

@@ -12,6 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.moments import Momentum, factored_dims, momentum_of
+from adafactor_compiled._state.options import Group, wants_rounding
+
 
 class ShapeClass(NamedTuple):
     shape: tuple[int, ...]
@@ -20,19 +23,26 @@ class ShapeClass(NamedTuple):
     dtype: torch.dtype
     grad_dtype: torch.dtype
     device: torch.device
-    momentum: bool
+    factored: bool
+    momentum: Momentum | None
     rounding: bool = False  # stochastically
     plain: bool = True  # no subclass of tensors, which may mean anything by its operations
-
-    @property
-    def factored(self) -> bool:
-        return len(self.shape) >= 2
 
     @property
     def numel(self) -> int:
         return math.prod(self.shape)
 
 
-def shape_class_of(param: Tensor, grad: Tensor, momentum: bool, rounding: bool = False, plain: bool = True) -> ShapeClass:
-    strides = param.stride(), grad.stride()
-    return ShapeClass(tuple(param.shape), *strides, param.dtype, grad.dtype, param.device, momentum, rounding, plain)
+def shape_class_of(param: Tensor, grad: Tensor, group: Group, plain: bool = True) -> ShapeClass:
+    return ShapeClass(
+        tuple(param.shape),
+        param.stride(),
+        grad.stride(),
+        param.dtype,
+        grad.dtype,
+        param.device,
+        factored_dims(param.shape, group) is not None,
+        momentum_of(param.dtype, group),
+        wants_rounding(param.dtype, group),
+        plain,
+    )

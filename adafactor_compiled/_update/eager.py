@@ -13,8 +13,9 @@ from torch import Tensor
 
 from adafactor_compiled._update.blocks import eager_blocking_of
 from adafactor_compiled._update.members import Member
+from adafactor_compiled._update.momentum import cautious
 from adafactor_compiled._update.numbers import Numbers
-from adafactor_compiled._update.rounding import draws_from, noise_of, write
+from adafactor_compiled._update.rounding import draws_from, noise_of_member, write
 
 MOST = 16  # elements of kernels of convolutions, which are quicker as a whole
 WHOLE_NUMEL = 524_288  # elements that are stepped as a whole: 2 MB in float32, and as much for the update
@@ -30,7 +31,7 @@ def step_parameter(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         update_rms: receives the RMS of the update before clipping.
     """
     in_parts = x.p.ndim >= 2 and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > MOST
-    in_parts = in_parts and x.p.is_contiguous() and x.g.is_contiguous()
+    in_parts = in_parts and x.row is not None and not x.cautious and x.p.is_contiguous() and x.g.is_contiguous()
     (_step_in_parts if in_parts else _step_whole)(x, numbers, rms, update_rms)
 
 
@@ -60,7 +61,8 @@ def _step_whole(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor) ->
         _move(v, update.add_(numbers.eps), numbers)
         torch.mul(g, v.rsqrt(), out=update)
         factor = _clipped_by_norm(alpha, update, update_rms, numbers)
-    _apply(param, p, update, factor, x.exp_avg, alpha, numbers, x.draws)
+    noise = None if x.draws is None else noise_of_member(x.draws, param, x.exp_avg, x.row is not None)
+    _apply(x, p, update, factor, alpha, numbers, noise)
 
 
 def _step_in_parts(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor) -> None:
@@ -92,8 +94,11 @@ def _step_in_parts(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         update = g * part.of(row_factor).unsqueeze(-1)
         of_col = col_factor[part.slices].unsqueeze(-2).unsqueeze(-2)
         exp_avg = None if exp_avgs is None else part.of(exp_avgs)
-        draws = None if x.draws is None else draws_from(x.draws, part.first_slice, part.rows.start)
-        _apply(of_param, of_param.to(rms.dtype), update, of_col, exp_avg, alpha, numbers, draws)
+        noise = None
+        if x.draws is not None:
+            noise = noise_of_member(draws_from(x.draws, part.first_slice, part.rows.start), of_param, exp_avg, True)
+        of_part = x._replace(p=of_param, g=g, exp_avg=exp_avg)
+        _apply(of_part, of_param.to(rms.dtype), update, of_col, alpha, numbers, noise)
 
 
 def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
@@ -127,32 +132,28 @@ def _clipped_by_norm(alpha: Tensor, update: Tensor, update_rms: Tensor, numbers:
     return _clipped(alpha, update_rms, numbers)  # 7
 
 
-def _apply(
-    param: Tensor,
-    p: Tensor,
-    update: Tensor,
-    factor: Tensor,
-    exp_avg: Tensor | None,
-    alpha: Tensor,
-    numbers: Numbers,
-    draws: Tensor | None,
-) -> None:
-    """Steps 8 to 10; `p` is `param`, widened where that is half-precision.
+def _apply(x: Member, p: Tensor, update: Tensor, factor: Tensor, alpha: Tensor, numbers: Numbers, noise: Tensor | None) -> None:
+    """Steps 8 to 10; `p` is the parameter, widened where that is half-precision.
 
     `update` may be overwritten and lacks a last factor, so that there is one pass less where p is all it is applied to.
     """
-    if exp_avg is None and not numbers.weight_decay and p is param:
+    if x.exp_avg is None and not numbers.weight_decay and p is x.p:
         p.addcmul_(update, factor, value=-1.0)
         return
     update.mul_(factor)
-    if exp_avg is not None:
+    if x.exp_avg is not None:
+        exp_avg = x.exp_avg.to(update.dtype)
         update = exp_avg.mul_(numbers.beta1).add_(update, alpha=numbers.one_minus_beta1)
+        if exp_avg is not x.exp_avg:
+            write(x.exp_avg, exp_avg, noise)
+    if x.cautious:
+        update = cautious(update, x.g, numbers, torch.mean)
     if numbers.weight_decay:  # p * (1 - decay) would round 1 - decay, the same way at every step
-        update = update + p * (alpha * (numbers.sign * numbers.weight_decay))
-    if p is param:
+        update = update + p * (alpha * (numbers.sign * numbers.weight_decay) if numbers.decay_by_lr else numbers.weight_decay)
+    if p is x.p:
         p.sub_(update)
     else:
-        write(param, p - update, None if draws is None else noise_of(draws, p.shape, param.dtype))
+        write(x.p, p - update, noise)
 
 
 def _move(average: Tensor, new: Tensor, numbers: Numbers) -> None:

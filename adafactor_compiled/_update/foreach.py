@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adafactor_compiled._update.members import Members
-from adafactor_compiled._update.numbers import Numbers, clip_divisor, step_size
-from adafactor_compiled._update.rounding import noise_of, rounded
+from adafactor_compiled._update.members import Member, Members
+from adafactor_compiled._update.momentum import cautious
+from adafactor_compiled._update.numbers import Numbers, clip_divisor, decay_of, step_size
+from adafactor_compiled._update.rounding import noise_of_member, write
 
 PARTS_OF_HALF = 4  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and a little
 
@@ -42,21 +43,31 @@ def _step(members: Members) -> Tensor:
     torch._foreach_mul_(update, scale.unbind())  # 7
 
     if members.exp_avgs:  # 8
-        torch._foreach_mul_(members.exp_avgs, numbers.beta1.unbind())
+        exp_avgs = members.exp_avgs if members.exp_avgs[0].dtype == dtype else [x.to(dtype) for x in members.exp_avgs]
+        torch._foreach_mul_(exp_avgs, numbers.beta1.unbind())
         torch._foreach_mul_(update, numbers.one_minus_beta1.unbind())
-        torch._foreach_add_(members.exp_avgs, update)
-        update = members.exp_avgs
+        torch._foreach_add_(exp_avgs, update)
+        update = exp_avgs
+        if exp_avgs is not members.exp_avgs:
+            for member, x in zip(members.each(), exp_avgs, strict=True):
+                write(member.exp_avg, x, _noise(member))
+    if members.cautious:
+        each = zip(update, members.grads, members.table, strict=True)
+        update = [cautious(x, g, Numbers.of(table), torch.mean) for x, g, table in each]
     # p - (p * decay + update): p * (1 - decay) would round 1 - decay, the same way at every step.
-    decrease = torch._foreach_mul(params, (numbers.weight_decay * alpha).unbind())  # 9
+    decrease = torch._foreach_mul(params, decay_of(numbers, alpha).unbind())  # 9
     torch._foreach_add_(decrease, update)
     torch._foreach_sub_(params, decrease)  # 10
     if members.draws is not None:
-        to = members.params[0].dtype
-        for x, draws in zip(params, members.draws.unbind(), strict=True):
-            x.copy_(rounded(x, noise_of(draws, x.shape, to), to))
-    if members.params[0].dtype != dtype:  # else these are the parameters themselves
+        for member, x in zip(members.each(), params, strict=True):
+            write(member.p, x, _noise(member))
+    elif members.params[0].dtype != dtype:  # else these are the parameters themselves
         torch._foreach_copy_(members.params, params)
     return torch.stack([rms, update_rms])
+
+
+def _noise(x: Member) -> Tensor | None:
+    return None if x.draws is None else noise_of_member(x.draws, x.p, x.exp_avg, x.row is not None)
 
 
 def _factored_update(members: Members, grads: list[Tensor], numbers: Numbers) -> list[Tensor]:

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from adafactor_compiled._update.matrices import materialize, static, sum_twice, total
 from adafactor_compiled._update.members import Member, Members
+from adafactor_compiled._update.momentum import cautious, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
-from adafactor_compiled._update.rounding import noise_of, write
+from adafactor_compiled._update.rounding import half_of, noise_of, noise_of_member, write
 
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
 
@@ -69,11 +70,11 @@ def apply_kernels(
     row_factor = [row_root[:, i] * of_slice for i in range(rows)]
     factor = materialize(torch.stack([x * col_root[:, j] for x in row_factor for j in range(columns)], 1))
     update = g.to(table.dtype) * factor
+    shape = p.shape[0], rows, columns
+    noise = None if draws is None else noise_of(draws, shape, half_of(p, exp_avg)).reshape(p.shape)
     if exp_avg is not None:
-        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
-        exp_avg.copy_(update)
+        update = with_momentum(exp_avg, update, numbers, noise)
     wide_p = p.to(table.dtype)
-    noise = None if draws is None else noise_of(draws, (p.shape[0], rows, columns), p.dtype).reshape(p.shape)
     write(p, wide_p - (wide_p * decay + update), noise)
     return measured.to(table.dtype)
 
@@ -98,10 +99,12 @@ def _step(x: Member) -> Tensor:
     rms, update_rms = (root_mean(total(of), numel) for of in (p.square().sum(-1).sum(-1), of_slices))
     scale, decay = (materialize(of.to(x.table.dtype)) for of in scale_and_decay(numbers, rms, update_rms))
     update = g * (row / row_mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2) * scale
+    noise = None if x.draws is None else noise_of_member(x.draws, x.p, x.exp_avg, True)
     if x.exp_avg is not None:
-        update = x.exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
-        x.exp_avg.copy_(update)
-    write(x.p, p - (p * decay + update), None if x.draws is None else noise_of(x.draws, x.p.shape, x.p.dtype))
+        update = with_momentum(x.exp_avg, update, numbers, noise)
+    if x.cautious:
+        update = cautious(update, x.g, numbers, lambda agree: total(agree.sum(-1).sum(-1)) / numel)
+    write(x.p, p - (p * decay + update), noise)
     x.row.copy_(row)
     x.col.copy_(col)
     return torch.stack([rms, update_rms]).to(x.table.dtype)

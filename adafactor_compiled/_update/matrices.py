@@ -21,8 +21,9 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._update.members import Member, Members
+from adafactor_compiled._update.momentum import cautious, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
-from adafactor_compiled._update.rounding import Along, along, noise, write
+from adafactor_compiled._update.rounding import Along, along, half_of, noise_between, write
 
 
 def materialize(x: Tensor) -> Tensor:
@@ -169,33 +170,37 @@ def apply(
     draws: Tensor | None,
 ) -> None:
     """Second reads of p and g, and the only write of p; the factors as those of `Factors`."""
-    _apply(p, g, materialize(row.rsqrt()), exp_avg, Factors(scale, col_factor, decay), table, draws)
+    x = Member(p, g, row, None, None, exp_avg, None, table, draws)
+    _apply(x, materialize(row.rsqrt()), Factors(scale, col_factor, decay))
 
 
-def _apply(p: Tensor, g: Tensor, root: Tensor, exp_avg: Tensor | None, f: Factors, table: Tensor, draws: Tensor | None) -> None:
+def _apply(x: Member, root: Tensor, f: Factors) -> None:
     """With `root`, 1 / sqrt of the rows."""
-    numbers = Numbers.of(table)
+    p, g, table, numbers = x.p, x.g, x.table, Numbers.of(x.table)
     scale = f.scale.reshape(f.scale.shape + (1,) * (root.ndim - f.scale.ndim))
     col_factor = f.col_factor.reshape(f.col_factor.shape[:-1] + (1,) * (g.ndim - f.col_factor.ndim) + g.shape[-1:])
     row_factor = root * scale
-    if draws is not None:
+    noise = None
+    if x.draws is not None:
         row_factor = materialize(row_factor)  # in the loop, beside the noise, it costs a sixth of a step of bfloat16
+        noise = _noise(x.draws, root, p.shape[-1], half_of(p, x.exp_avg))
     update = g.to(table.dtype) * row_factor.unsqueeze(-1) * col_factor
-    if exp_avg is not None:
-        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
-        exp_avg.copy_(update)
+    if x.exp_avg is not None:
+        update = with_momentum(x.exp_avg, update, numbers, noise)
+    if x.cautious:
+        update = cautious(update, g, numbers, lambda agree: total(agree) / agree.numel())
     wide_p = p.to(table.dtype)
-    write(p, wide_p - (wide_p * f.decay + update), None if draws is None else _noise(draws, root, p))
+    write(p, wide_p - (wide_p * f.decay + update), noise)
 
 
-def _noise(draws: Tensor, row: Tensor, p: Tensor) -> Tensor:
-    """Of elements p whose rows have shape [R], [n, B] or [slices, n, B]; leading dimensions are flattened to slices."""
-    lead, columns = row.shape[:-2], p.shape[-1]
+def _noise(draws: Tensor, row: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
+    """Of elements whose rows have shape [R], [n, B] or [slices, n, B]; leading dimensions are flattened to slices."""
+    lead = row.shape[:-2]
     slices, rows = math.prod(lead), math.prod(row.shape[-2:])
-    of_rows, of_columns = (along(draws, axis, slices, count, p.dtype) for axis, count in ((1, rows), (2, columns)))
+    of_rows, of_columns = (along(draws, axis, slices, count, dtype) for axis, count in ((1, rows), (2, columns)))
     of_rows = Along(*(materialize(x).reshape(row.shape) for x in of_rows))
     of_columns = Along(*(materialize(x).reshape(*lead, *(1,) * (row.ndim - 1 - len(lead)), columns) for x in of_columns))
-    return noise(of_rows, of_columns)
+    return noise_between(of_rows, of_columns)
 
 
 def step_matrices(members: Members) -> Tensor:
@@ -217,5 +222,5 @@ def _step(x: Member) -> Tensor:
     sums, root = _statistics(x.p, x.g, x.row, x.ones, x.table)
     rows = x.g.shape[-3] * x.g.shape[-2]
     f, measured = finish(averages(sums, x.col, x.table, rows), sums.param_sq, x.col, x.table, x.g.numel())
-    _apply(x.p, x.g, root, x.exp_avg, f, x.table, x.draws)
+    _apply(x, root, f)
     return measured

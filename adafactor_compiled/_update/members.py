@@ -20,6 +20,7 @@ class Member(NamedTuple):
     ones: Any  # of a matrix in blocks, see `ones_for` in matrices.py
     table: Any  # its `Numbers`, a vector
     draws: Any  # for stochastic rounding, see rounding.py
+    cautious: bool = False
 
 
 class Members(NamedTuple):
@@ -34,14 +35,15 @@ class Members(NamedTuple):
     ones: list[Tensor]
     table: Tensor  # [k, len(Numbers)]
     draws: Tensor | None  # [k, DRAWS]
+    cautious: bool = False  # see momentum.py
 
     def each(self) -> Iterator[Member]:
         """One after the other."""
         none = [None] * len(self.params)
         lists = (x or none for x in self[2:7])
         draws = none if self.draws is None else self.draws.unbind()
-        yield from map(Member, self.params, self.grads, *lists, self.table.unbind(), draws)
+        yield from map(Member, self.params, self.grads, *lists, self.table.unbind(), draws, [self.cautious] * len(none))
 
     def part(self, start: int, stop: int) -> Members:
         """Some of them."""
-        return Members(*(None if x is None else x[start:stop] for x in self))  # type: ignore[arg-type]
+        return Members(*(x[start:stop] if isinstance(x, (list, Tensor)) else x for x in self))  # type: ignore[arg-type]

@@ -34,6 +34,7 @@ class Numbers(NamedTuple):
     beta1: Any
     one_minus_beta1: Any
     weight_decay: Any
+    decay_by_lr: Any  # 1 where weight decay is scaled by the learning rate in use, or 0
     sign: Any  # -1 to maximize
     one: Any  # 1, but a graph does not know it
 
@@ -59,9 +60,20 @@ def unscaled_lr(group: Group, step: Any) -> Any:
     return relative_lr(group, step) if group["relative_step"] else group["lr"]
 
 
+def one_minus_beta2_of(group: Group, step: Any) -> Any:
+    """How much of the second moment is new, of a step count that is an int or a tensor."""
+    cap, offset = group["beta2_cap"], group["decay_offset"]
+    if offset:
+        step = (step - offset).clamp(min=1) if isinstance(step, Tensor) else max(step - offset, 1)
+    share = step ** group["decay_rate"]
+    if cap is None:
+        return share
+    return share.clamp(min=1.0 - cap) if isinstance(share, Tensor) else max(share, 1.0 - cap)
+
+
 def plain_numbers(group: Group, step: Any) -> Numbers:
     """The numbers of a group at a step count: Python numbers, or tensors where an input is one."""
-    one_minus_beta2 = step ** group["decay_rate"]
+    one_minus_beta2 = one_minus_beta2_of(group, step)
     beta1 = group["beta1"] or 0.0
     clip_threshold = group["clip_threshold"]
     return Numbers(
@@ -75,6 +87,7 @@ def plain_numbers(group: Group, step: Any) -> Numbers:
         beta1=beta1,
         one_minus_beta1=1.0 - beta1,
         weight_decay=group["weight_decay"],
+        decay_by_lr=float(group["weight_decay_scale"] == "lr"),
         sign=-1.0 if group["maximize"] else 1.0,
         one=1.0,
     )
@@ -172,4 +185,10 @@ def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
 def scale_and_decay(numbers: Numbers, param_rms: Tensor, update_rms: Tensor) -> tuple[Tensor, Tensor]:
     """What the update before clipping is multiplied by, and what share of the parameter decays."""
     alpha = step_size(numbers, param_rms)
-    return numbers.sign * alpha / clip_divisor(numbers, update_rms), numbers.weight_decay * alpha
+    return numbers.sign * alpha / clip_divisor(numbers, update_rms), decay_of(numbers, alpha)
+
+
+def decay_of(numbers: Numbers, alpha: Tensor) -> Tensor:
+    """What share of the parameter decays, at a learning rate in use."""
+    decay: Tensor = numbers.weight_decay * torch.where(numbers.decay_by_lr > 0, alpha, 1.0)
+    return decay

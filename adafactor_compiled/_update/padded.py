@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.momentum import cautious, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
-from adafactor_compiled._update.rounding import DRAWS, FIRST, noise_of_vectors, write
+from adafactor_compiled._update.rounding import DRAWS, FIRST, half_of, noise_of_vectors, write
 
 BLOCK = 64
 
@@ -55,7 +56,7 @@ def step_vectors(members: Members, room: Room) -> Tensor:
     """Step k vectors in their room; gives the RMS of each and of its update, shape [2, k]."""
     room.x.params.zero_()  # where a second moment of padding is 0 the last step has divided 0 by 0
     torch._foreach_copy_(room.inputs, [*members.params, *members.grads, *members.exp_avg_sqs, *members.exp_avgs])
-    measured = _step(room.x, members.table, members.draws, room.places)
+    measured = _step(room.x, members.table, members.draws, members.cautious, room.places)
     torch._foreach_copy_([*members.params, *members.exp_avg_sqs, *members.exp_avgs], room.outputs)
     return measured
 
@@ -79,7 +80,7 @@ def _blocks_like(vectors: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     return blocks, [blocks.view(-1)[i : i + x.numel()].view(x.shape) for i, x in zip(begins, vectors, strict=True)]
 
 
-def _step(x: Padded, table: Tensor, vector_draws: Tensor | None, places: Places) -> Tensor:
+def _step(x: Padded, table: Tensor, vector_draws: Tensor | None, is_cautious: bool, places: Places) -> Tensor:
     """Step k vectors in n blocks in place; what is one number for each has shape [k]."""
     numbers = Numbers.of(table)
 
@@ -95,11 +96,15 @@ def _step(x: Padded, table: Tensor, vector_draws: Tensor | None, places: Places)
     scale, decay = scale_and_decay(numbers, rms, update_rms)  # 3, 4
 
     update = update * of_blocks(scale)  # 7
-    if x.exp_avgs is not None:  # 8
-        update = x.exp_avgs * of_blocks(numbers.beta1) + update * of_blocks(numbers.one_minus_beta1)
-        x.exp_avgs.copy_(update)
     draws = None if vector_draws is None else vector_draws[places.owner] + places.begins
-    noise = None if draws is None else noise_of_vectors(draws, BLOCK, x.params.dtype)
+    noise = None if draws is None else noise_of_vectors(draws, BLOCK, half_of(x.params, x.exp_avgs))
+    if x.exp_avgs is not None:  # 8
+        of_numbers = numbers._replace(
+            **{name: of_blocks(getattr(numbers, name)) for name in ("beta1", "one_minus_beta1", "sign")}
+        )
+        update = with_momentum(x.exp_avgs, update, of_numbers, noise)
+        if is_cautious:
+            update = cautious(update, x.grads, of_numbers, lambda agree: of_blocks(_sums(agree, places) / places.numel))
     write(x.params, (p - (p * of_blocks(decay) + update)).to(table.dtype), noise)  # 9, 10
     x.exp_avg_sqs.copy_(v)
     return torch.stack([rms, update_rms]).to(table.dtype)

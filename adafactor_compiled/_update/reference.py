@@ -7,9 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._update.numbers import unscaled_lr
-from adafactor_compiled._update.rounding import noise_of, write
+from adafactor_compiled._update.momentum import LEAST_SHARE
+from adafactor_compiled._update.numbers import one_minus_beta2_of, unscaled_lr
+from adafactor_compiled._update.rounding import noise_of_member, write
 
 
 def step_parameter(
@@ -36,11 +38,12 @@ def step_parameter(
         alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
         if group["scale_parameter"]:
             alpha = alpha * state["RMS"].clamp(min=min_scale)
-    one_minus_beta2 = step ** group["decay_rate"]  # 4
+    one_minus_beta2 = one_minus_beta2_of(group, step)  # 4
     beta2 = 1.0 - one_minus_beta2
 
     squared = g * g + eps  # 5
-    if param.ndim >= 2:
+    factored = factored_dims(param.shape, group) is not None
+    if factored:
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
         row.mul_(beta2).add_(squared.mean(-1) * one_minus_beta2)
         col.mul_(beta2).add_(squared.mean(-2) * one_minus_beta2)
@@ -57,13 +60,21 @@ def step_parameter(
     if group["maximize"]:
         update = -update
 
+    noise = None if draws is None else noise_of_member(draws, param, state.get("exp_avg"), factored)
     if group["beta1"] is not None:  # 8
-        update = state["exp_avg"].mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
+        exp_avg = state["exp_avg"]
+        update = exp_avg.to(compute_dtype).mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
+        if exp_avg is not update:
+            write(exp_avg, update, noise)
+    if group["cautious"]:
+        agree = (update.sign() * grad.sign() * (-1 if group["maximize"] else 1) > 0).to(compute_dtype)
+        update = update * (agree / agree.mean().clamp(min=LEAST_SHARE))
     if group["weight_decay"] != 0:  # 9
-        p.sub_(p * (group["weight_decay"] * alpha))
+        scale = alpha if group["weight_decay_scale"] == "lr" else torch.ones_like(alpha)
+        p.sub_(p * (group["weight_decay"] * scale))
     p.sub_(update)  # 10
     if p is not param:
-        write(param, p, None if draws is None else noise_of(draws, p.shape, param.dtype))
+        write(param, p, noise)
 
 
 def approx_sq_grad(row: Tensor, col: Tensor) -> Tensor:

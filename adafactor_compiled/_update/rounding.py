@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.options import HALF
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._update.numbers import to_device
 
@@ -127,7 +128,7 @@ def _cut(dtype: torch.dtype) -> int:
     return 16 if dtype is torch.bfloat16 else 13
 
 
-def noise(rows: Along, columns: Along) -> Tensor:
+def noise_between(rows: Along, columns: Along) -> Tensor:
     """Of contributions of shapes [..., R] and [..., C]; of the result, shape [..., R, C], only the fraction counts."""
     shift = rows.shift.unsqueeze(-1) + columns.shift.unsqueeze(-2)
     return rows.scale.unsqueeze(-1) * columns.scale.unsqueeze(-2) + shift
@@ -138,18 +139,29 @@ def noise_of(draws: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     rows, columns = shape[-2:] if len(shape) >= 2 else (1, math.prod(shape))
     slices = math.prod(shape[:-2])
     parts = (along(draws, axis, slices, count, dtype) for axis, count in ((1, rows), (2, columns)))
-    return noise(*parts).reshape(tuple(shape))
+    return noise_between(*parts).reshape(tuple(shape))
 
 
 def noise_of_vectors(draws: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     """For k stacked vectors of n elements, with draws of shape [k, 7]; shape [k, n]."""
     parts = (along(draws, axis, 1, count, dtype) for axis, count in ((1, 1), (2, n)))
-    return noise(*parts).reshape(-1, n)
+    return noise_between(*parts).reshape(-1, n)
 
 
-def write(param: Tensor, value: Tensor, noise: Tensor | None) -> None:
-    """The final write of a step: to nearest, or stochastically where there is noise."""
-    param.copy_(value if noise is None else rounded(value, noise, param.dtype))
+def noise_of_member(draws: Tensor, p: Tensor, exp_avg: Tensor | None, factored: bool) -> Tensor:
+    """For a whole parameter and its momentum; a second moment that is kept whole makes one row of any shape."""
+    noise = noise_of(draws, p.shape if factored else (p.numel(),), half_of(p, exp_avg))
+    return noise.reshape(p.shape)
+
+
+def half_of(p: Tensor, exp_avg: Tensor | None) -> torch.dtype:
+    """The dtype that the noise of a parameter and its momentum is for."""
+    return p.dtype if p.dtype in HALF or exp_avg is None else exp_avg.dtype
+
+
+def write(to: Tensor, value: Tensor, noise: Tensor | None) -> None:
+    """The final write to a parameter or a momentum: to nearest, or stochastically where there is noise and half precision."""
+    to.copy_(value if noise is None or to.dtype not in HALF else rounded(value.to(torch.float32), noise, to.dtype))
 
 
 def rounded(x: Tensor, noise: Tensor, dtype: torch.dtype) -> Tensor:

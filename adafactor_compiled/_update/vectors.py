@@ -8,10 +8,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._update.matrices import materialize, sum_twice
+from adafactor_compiled._update.matrices import materialize, sum_twice, total
 from adafactor_compiled._update.members import Member, Members
+from adafactor_compiled._update.momentum import cautious, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
-from adafactor_compiled._update.rounding import noise_of, write
+from adafactor_compiled._update.rounding import half_of, noise_of, write
 
 
 def step_vectors(members: Members) -> Tensor:
@@ -54,36 +55,27 @@ def apply_vector(
     numel: int,
 ) -> Tensor:
     """All writes of a step of a vector, or of a piece of one of `numel` elements, from its sums; gives both RMS, shape [2]."""
-    return _apply(p, g, second_moment, None, exp_avg, VectorSums(param_sq, update_sq), table, draws, numel)
+    x = Member(p, g, None, None, second_moment, exp_avg, None, table, draws)
+    return _apply(x, second_moment, None, VectorSums(param_sq, update_sq), numel)
 
 
 def _step(x: Member, second_moment: Tensor, twin: Tensor | None) -> Tensor:
-    sums = vector_sums(x.p, x.g, second_moment, x.table)
-    return _apply(x.p, x.g, second_moment, twin, x.exp_avg, sums, x.table, x.draws, x.p.numel())
+    return _apply(x, second_moment, twin, vector_sums(x.p, x.g, second_moment, x.table), x.p.numel())
 
 
-def _apply(
-    p: Tensor,
-    g: Tensor,
-    second_moment: Tensor,
-    twin: Tensor | None,
-    exp_avg: Tensor | None,
-    sums: VectorSums,
-    table: Tensor,
-    draws: Tensor | None,
-    numel: int,
-) -> Tensor:
-    numbers, (wide, _) = Numbers.of(table), _wide(p, table)
-    wide_p, wide_g = p.to(wide), g.to(wide)
+def _apply(x: Member, second_moment: Tensor, twin: Tensor | None, of_whole: VectorSums, numel: int) -> Tensor:
+    p, table, numbers, (wide, sums) = x.p, x.table, Numbers.of(x.table), _wide(x.p, x.table)
+    wide_p, wide_g = p.to(wide), x.g.to(wide)
     new = _moved(wide_g, second_moment, table)
-    rms, update_rms = root_mean(sums.param_sq, numel), root_mean(sums.update_sq, numel)
+    rms, update_rms = root_mean(of_whole.param_sq, numel), root_mean(of_whole.update_sq, numel)
     scale, decay = (materialize(x.to(wide)) for x in scale_and_decay(numbers, rms, update_rms))
     update = wide_g * (new.rsqrt() * scale)
-    if exp_avg is not None:
-        update = exp_avg * numbers.beta1 + update * numbers.one_minus_beta1
-        exp_avg.copy_(update)
     elements = (p.numel(), 1, 1) if twin is not None else (p.numel(),)
-    noise = None if draws is None else noise_of(draws, elements, p.dtype).reshape(p.shape)
+    noise = None if x.draws is None else noise_of(x.draws, elements, half_of(p, x.exp_avg)).reshape(p.shape)
+    if x.exp_avg is not None:
+        update = with_momentum(x.exp_avg, update, numbers, noise)
+    if x.cautious:
+        update = cautious(update, x.g, numbers, lambda agree: sums(agree) / numel)
     write(p, (wide_p - (wide_p * decay + update)).to(table.dtype), noise)
     second_moment.copy_(new)
     if twin is not None:
@@ -93,7 +85,7 @@ def _apply(
 
 def _wide(p: Tensor, table: Tensor) -> tuple[torch.dtype, Callable[[Tensor], Tensor]]:
     """The arithmetic: short vectors are stepped in float64, which costs little where they are in cache."""
-    return (torch.float64, torch.sum) if p.ndim == 1 else (table.dtype, sum_twice)
+    return (torch.float64, torch.sum) if p.ndim == 1 else (table.dtype, sum_twice if p.ndim == 2 else total)
 
 
 def _moved(g: Tensor, second_moment: Tensor, table: Tensor) -> Tensor:

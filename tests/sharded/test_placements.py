@@ -65,6 +65,29 @@ def test_training_equals_unsharded(ranks, name):
     ranks(4).run(check_placements, name)
 
 
+VARIATIONS: list[dict[str, Any]] = [
+    {"factor_dims": "largest", "beta2_cap": 0.5, "beta1": 0.9},
+    {"min_dim_size_to_factor": 4, "decay_offset": 1, "weight_decay": 0.1, "weight_decay_scale": "none"},
+]
+
+
+def check_variations() -> None:
+    for options in VARIATIONS:
+        params: list[Tensor] = []
+        for placements, shapes, _ in PLACEMENTS.values():
+            params += placed_parameters(placements, shapes, ("a", "b"))
+        optimizer = train_beside_unsharded(params, {"lr": 1e-2, "relative_step": False, **options}, EAGER)
+        assert any("exp_avg_sq" in optimizer.state[p] for p in params if p.ndim > 1) == ("min_dim_size_to_factor" in options)
+        dims = [p.ndim - 1 - i for p in params if p.ndim > 2 for i in sorted(range(p.ndim), key=lambda i: p.shape[i])[-2:]]
+        assert max(dims) > 1  # some are factored over others than their last two
+    with pytest.raises(ValueError, match="`cautious` should be False for sharded parameters"):
+        Adafactor(params, lr=1e-2, relative_step=False, beta1=0.9, cautious=True)
+
+
+def test_variations(ranks):
+    ranks(4).run(check_variations)
+
+
 def check_mixture() -> None:
     """All of them in one optimizer, beside plain tensors, in two dtypes; also where the mesh has no names."""
     for names in (("a", "b"), None):

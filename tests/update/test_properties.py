@@ -15,6 +15,7 @@ from tolerances import largest
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._state.moments import factored_dims
 
 PATHS = [{"foreach": False}, {"compile": False}]
 ids = ["reference", "multi-tensor"]
@@ -57,7 +58,8 @@ def test_zero_gradients_move_nothing_but_decay(path: dict[str, Any]) -> None:
         for group in optimizer.param_groups:
             for p in group["params"]:
                 alpha = float(Adafactor._get_lr(group, optimizer.state[p])) if p.numel() else 0.0
-                expected = before[position] * (1 - group["weight_decay"] * alpha)
+                scale = alpha if group["weight_decay_scale"] == "lr" else 1.0
+                expected = before[position] * (1 - group["weight_decay"] * scale)
                 position += 1
                 torch.testing.assert_close(p.detach(), expected, rtol=1e-6, atol=0)
                 if group["weight_decay"] == 0:
@@ -136,8 +138,8 @@ def test_state_is_rows_and_columns(problem: Problem) -> None:
     optimizer.step()
     for group in optimizer.param_groups:
         for p in group["params"]:
-            *lead, rows, columns = p.shape if p.ndim >= 2 else (1, 1)
-            factors = math.prod(lead) * (rows + columns) if p.ndim >= 2 else p.numel()
+            dims = factored_dims(p.shape, group)
+            factors = p.numel() if dims is None else sum(math.prod(p.shape[:i] + p.shape[i + 1 :]) for i in dims)
             momentum = p.numel() if group["beta1"] is not None else 0
             width = 8 if p.dtype == torch.float64 else 4
             held = sum(x.numel() * x.element_size() for x in optimizer.state[p].values() if isinstance(x, Tensor))
