@@ -33,7 +33,7 @@ from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
 class Adafactor(Optimizer):
     r"""Adafactor as transformers computes it, over shape classes, compiled.
 
-    What it does differently in edge cases is listed in the README. For a parameter :math:`p` with gradient :math:`g`, at its step :math:`t` (half precision is computed in float32):
+    For a parameter :math:`p` with gradient :math:`g`, at its step :math:`t` (half precision is computed in float32):
 
     .. math::
         \rho &= \text{lr, or with `relative_step` } \min(10^{-2}, 1/\sqrt t)
@@ -114,7 +114,7 @@ class Adafactor(Optimizer):
 
     References:
         Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
-        `transformers.optimization.Adafactor`.
+        `transformers.optimization.Adafactor`, from which it differs in edge cases that the README lists.
     """
 
     _in_backward: Hooks | None = None

@@ -2,22 +2,45 @@
 
 Each function takes the `state_dict()` of another optimizer and an `Adafactor` over the same parameters, and returns what its
 `load_state_dict` takes. The second moments are those that this optimizer would have after the same gradients. What cannot be
-carried over raises a ValueError that says why. (transformers' and fairseq's checkpoints load as they are.)
+carried over raises `Refused`, a ValueError that says why; `refusals` gives all reasons. (transformers' and fairseq's
+checkpoints load as they are.)
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.moments import factored_dims
+from adafactor_compiled._state.options import LAYOUT, Group
 
 State = dict[str, Any]
 RELATIVE_LR = 1e-2  # the most that `relative_step` chooses
+# What no other optimizer has unless its converter says so.
+NEUTRAL = {"beta2_cap": None, "decay_offset": 0, "momentum_dtype": None, "cautious": False, "weight_decay_scale": "lr"}
+
+
+class Refused(ValueError):
+    """What of a checkpoint cannot be carried over, one reason each; the message is the first and how many more there are."""
+
+    def __init__(self, reasons: Sequence[str]) -> None:
+        super().__init__(reasons[0] + f" (and {len(reasons) - 1} more, see `refusals`)" * (len(reasons) > 1))
+        self.reasons = list(reasons)
+
+
+def refusals(
+    converter: Callable[[Mapping[str, Any], Optimizer], dict[str, Any]], state_dict: Mapping[str, Any], optimizer: Optimizer
+) -> list[str]:
+    """Why a converter (`from_torch`, say) would refuse a checkpoint: every reason, or none if it would not."""
+    try:
+        converter(state_dict, optimizer)
+    except Refused as refused:
+        return refused.reasons
+    return []
 
 
 def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -35,16 +58,18 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str,
     Returns:
         A state for `optimizer.load_state_dict`; `state_dict` is left as it was.
 
+    Its weight decay, which `lr` alone scales, becomes their product with `weight_decay_scale="none"`.
+
     Raises:
-        ValueError: weight decay, which is scaled differently there; a learning rate that has no counterpart; another number of
+        Refused: weight decay under a scheduler, which changes `lr`; a learning rate that has no counterpart; another number of
             parameters; or a state without the second moments.
     """
 
     def options(saved: Group, _: Group, steps: list[int], where: str) -> Group:
-        if saved["weight_decay"]:
+        if saved["weight_decay"] and "initial_lr" in saved:
             raise ValueError(
-                f"`weight_decay` should be 0 but is: {saved['weight_decay']!r}{where}; torch scales it by `lr` alone and this "
-                "optimizer by the learning rate in use, so set it to 0 in the checkpoint and choose one after loading"
+                f"`weight_decay` should be 0 under a scheduler but is: {saved['weight_decay']!r}{where}; torch scales it by "
+                "`lr` alone, so set it to 0 in the checkpoint and choose one after loading"
             )
         return {
             **_torch_lr(saved, max(steps, default=0), where),
@@ -52,13 +77,14 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str,
             "clip_threshold": saved["d"],
             "decay_rate": saved["beta2_decay"],
             "beta1": None,
-            "weight_decay": 0.0,
+            "weight_decay": float(saved["lr"]) * saved["weight_decay"],
+            "weight_decay_scale": "none",
             "scale_parameter": True,
             "warmup_init": False,
             "maximize": saved["maximize"],
         }
 
-    def state(saved: State, _: Group, param: Tensor, where: str) -> State:
+    def state(saved: State, _: Group, group: Group, param: Tensor, where: str) -> State:
         step = int(_field(saved, "step", where))
         if param.ndim < 2:
             return {"step": step, "exp_avg_sq": _field(saved, "variance", where)}
@@ -68,28 +94,41 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str,
                 f"`row_var` and `col_var` {where} should have shapes {(*param.shape[:-1], 1)} and "
                 f"{(*param.shape[:-2], 1, param.shape[-1])} but have {tuple(row.shape)} and {tuple(col.shape)}"
             )
-        return {"step": step, "exp_avg_sq_row": row.squeeze(-1), "exp_avg_sq_col": col.squeeze(-2)}
+        return {"step": step, **_factored({-1: row.squeeze(-1), -2: col.squeeze(-2)}, group, param, where)}
 
     return _convert(state_dict, optimizer, options, state)
 
 
 def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
-    """Convert a checkpoint of timm's `Adafactor`.
+    """Convert a checkpoint of timm's `Adafactor` or `AdafactorBigVision`.
 
-    The whole second moment of a small matrix, which timm does not factor, becomes its row and column means: from here on such
-    a matrix is factored. A convolution that timm factors over its channels cannot be converted, since this optimizer factors
-    the last two dimensions. An external `lr` is not scaled by the parameter's RMS there, so `scale_parameter` becomes False.
+    Both leave short dimensions unfactored and factor others than the last two: construct `optimizer` with
+    `factor_dims="largest"` and their `min_dim_size_to_factor` (`Adafactor` factors what is larger than it: one more here). The
+    whole second moment of a matrix that is factored here becomes its row and column means. An external `lr` is not scaled by
+    the parameter's RMS there, so `scale_parameter` becomes False. The momentum of `AdafactorBigVision` is one of updates before
+    the learning rate: it is multiplied by `lr`, and runs agree while that stays.
 
     Args, Returns: as `from_torch`.
 
     Raises:
-        ValueError: `caution`; a parameter factored over other dimensions; another number of parameters; or a state without
-            the second moments.
+        Refused: a parameter that is factored over other dimensions than here; `corrected_weight_decay`; another number of
+            parameters; or a state without the second moments.
     """
 
     def options(saved: Group, _: Group, __: list[int], where: str) -> Group:
-        if saved.get("caution") and saved["beta1"] is not None:  # it changes nothing without momentum
-            raise ValueError(f"`caution` should be False but is: True{where}; this optimizer has no masked update")
+        if saved.get("corrected_weight_decay") and saved["weight_decay"]:
+            raise ValueError(f"`corrected_weight_decay` should be False but is: True{where}; nothing here scales decay like it")
+        if "beta2_cap" in saved:
+            return {
+                **{key: saved[key] for key in ("lr", "weight_decay", "beta2_cap", "decay_offset", "momentum_dtype")},
+                "eps": (1e-30 if saved["eps"] is None else saved["eps"], 1e-3),
+                "clip_threshold": saved["clipping_threshold"],
+                "decay_rate": -saved["decay_rate"],
+                "beta1": saved["momentum"],
+                "cautious": bool(saved.get("caution")) and saved["momentum"] is not None,
+                "weight_decay_scale": "none" if saved["unscaled_wd"] else "lr",
+                **dict.fromkeys(("scale_parameter", "relative_step", "warmup_init", "maximize"), False),
+            }
         relative = saved["relative_step"]
         return {
             "lr": None if relative else saved["lr"],
@@ -98,36 +137,87 @@ def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, 
             "scale_parameter": bool(relative and saved["scale_parameter"]),
             "relative_step": relative,
             "maximize": False,
+            "cautious": bool(saved.get("caution")) and saved["beta1"] is not None,  # it changes nothing without momentum
         }
 
-    def state(saved: State, group: Group, param: Tensor, where: str) -> State:
-        converted: State = {key: saved[key] for key in ("step", "RMS", "exp_avg") if key in saved}
-        least = group.get("min_dim_size_to_factor", 16)
-        if param.ndim > 2 and min(param.shape[:2]) > least:
-            raise ValueError(
-                f"the second moment {where} is factored over its first two dimensions there but over its last two here, and "
-                "one does not give the other; leave its entry out of the checkpoint's state to start it afresh"
-            )
-        return {**converted, **_factored(saved, param, where)}
+    def state(saved: State, saved_group: Group, group: Group, param: Tensor, where: str) -> State:
+        converted: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
+        least = saved_group.get("min_dim_size_to_factor", 16)
+        if "beta2_cap" in saved_group:
+            if "exp_avg" in saved:
+                converted["exp_avg"] = saved["exp_avg"].to(torch.float32) * saved_group["lr"]
+            if "exp_avg_sq" in saved:
+                moment: Any = saved["exp_avg_sq"]
+            else:
+                rows, columns = sorted(range(param.ndim), key=lambda dim: (param.shape[dim], dim))[-2:]
+                row, col = (_field(saved, key, where) for key in ("exp_avg_sq_r", "exp_avg_sq_c"))
+                moment = {columns: row.squeeze(columns), rows: col.squeeze(rows)}
+        elif param.ndim > 2 and min(param.shape[:2]) > least:
+            moment = {1: _field(saved, "exp_avg_sq_row", where), 0: _field(saved, "exp_avg_sq_col", where)}
+        else:
+            moment = _last_two(saved, param, where)
+        return {**converted, "step": int(_field(saved, "step", where)), **_factored(moment, group, param, where)}
 
     return _convert(state_dict, optimizer, options, state)
+
+
+def from_optax(
+    count: int,
+    v_row: Sequence[Any],
+    v_col: Sequence[Any],
+    v: Sequence[Any],
+    optimizer: Optimizer,
+    ema: Sequence[Any] | None = None,
+) -> dict[str, Any]:
+    """Convert the arrays of `optax.scale_by_factored_rms`, for parameters that have the same shapes there.
+
+    Construct `optimizer` with `factor_dims="largest"` and optax's `min_dim_size_to_factor` (128 there unless given), and with
+    the options that stand for its chain: none of them are in its state.
+
+    Args:
+        count: the steps that were taken.
+        v_row: of each parameter the second moment without its largest dimension; for what is not factored anything.
+        v_col: of each parameter the second moment without its second largest dimension.
+        v: of each parameter that is not factored the whole second moment.
+        optimizer: an `Adafactor` over these parameters in this order.
+        ema: of each parameter the momentum, of updates with the learning rate, if there is one.
+
+    Returns: as `from_torch`.
+
+    Raises:
+        Refused: another number of parameters or other shapes.
+    """
+    params = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    for name, arrays in (("v_row", v_row), ("v_col", v_col), ("v", v), ("ema", ema)):
+        if arrays is not None and len(arrays) != len(params):
+            raise Refused([f"`{name}` should have {len(params)} arrays but has {len(arrays)}"])
+    saved, states = optimizer.state_dict(), {}
+    for i, (param, group) in enumerate(params):
+        factored = factored_dims(param.shape, group) is not None
+        order = sorted(range(param.ndim), key=lambda dim, param=param: (param.shape[dim], dim))[-2:]  # type: ignore[misc]
+        moment: Any = torch.as_tensor(v[i])
+        if factored:
+            moment = {order[1]: torch.as_tensor(v_row[i]), order[0]: torch.as_tensor(v_col[i])}
+        states[i] = {"step": int(count), **_factored(moment, group, param, f"of parameter {i} (shape {tuple(param.shape)})")}
+        if ema is not None:
+            states[i]["exp_avg"] = torch.as_tensor(ema[i])
+    return {**saved, "state": states}
 
 
 def from_pytorch_optimizer(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
     """Convert a checkpoint of pytorch_optimizer's `AdaFactor`.
 
-    Its checkpoints hold no `decay_rate`, `clip_threshold` and `maximize`: those of `optimizer` stay. Its decay of the second
-    moment is capped by `betas[1]`, which this optimizer's is not: runs agree until the step at which
-    `1 - step ** decay_rate` exceeds the cap (5623 for 0.999).
+    Its checkpoints hold no `decay_rate`, `clip_threshold` and `maximize`: those of `optimizer` stay. `betas[1]` becomes
+    `beta2_cap`. Its `cautious` divides by another mean.
 
     Args, Returns: as `from_torch`.
 
     Raises:
-        ValueError: `ams_bound` or `cautious`; weight decay that is coupled or fixed; a cap that is already in use; another
-            number of parameters; or a state without the second moments.
+        Refused: `ams_bound` or `cautious`; weight decay that is coupled or fixed; another number of parameters; or a state
+            without the second moments.
     """
 
-    def options(saved: Group, group: Group, _: list[int], where: str) -> Group:
+    def options(saved: Group, _: Group, __: list[int], where: str) -> Group:
         for name in ("ams_bound", "cautious"):
             if saved.get(name):
                 raise ValueError(f"`{name}` should be False but is: True{where}; this optimizer does not have it")
@@ -137,23 +227,19 @@ def from_pytorch_optimizer(state_dict: Mapping[str, Any], optimizer: Optimizer) 
                 "checkpoint and choose one after loading"
             )
         beta1, cap = saved["betas"][:2]
-        step = int(saved.get("step", 0))
-        if step and 1.0 - step ** group["decay_rate"] > cap:
-            raise ValueError(
-                f"the decay of the second moment is capped at `betas[1]` = {cap} since before step {step}{where}, and is not "
-                "capped here; set `betas[1]` to 1.0 in the checkpoint to go on without the cap"
-            )
         relative = saved["relative_step"]
         return {
             "lr": None if relative else saved["lr"],
             "eps": (saved["eps1"], saved["eps2"]),
             "beta1": beta1,
+            "beta2_cap": cap if cap < 1 else None,
             **{key: saved[key] for key in ("weight_decay", "scale_parameter", "relative_step", "warmup_init")},
         }
 
-    def state(saved: State, group: Group, param: Tensor, where: str) -> State:
+    def state(saved: State, saved_group: Group, group: Group, param: Tensor, where: str) -> State:
         converted: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
-        return {**converted, "step": int(group.get("step", 0)), **_factored(saved, param, where)}
+        moment = _factored(_last_two(saved, param, where), group, param, where)
+        return {**converted, "step": int(saved_group.get("step", 0)), **moment}
 
     return _convert(state_dict, optimizer, options, state)
 
@@ -162,24 +248,32 @@ def _convert(
     state_dict: Mapping[str, Any],
     optimizer: Optimizer,
     options: Callable[[Group, Group, list[int], str], Group],
-    state: Callable[[State, Group, Tensor, str], State],
+    state: Callable[[State, Group, Group, Tensor, str], State],
 ) -> dict[str, Any]:
     """Convert group by group and parameter by parameter.
 
-    `options` gets a saved group, the optimizer's own and the step counts; `state` a parameter's saved state, its saved group
+    `options` gets a saved group, the optimizer's own and the step counts; `state` a parameter's saved state, both groups
     and the parameter.
     """
-    states, groups = {}, []
+    states, groups, reasons = {}, [], []
     for saved, group, pairs, where in _groups(state_dict, optimizer):
-        converted = {}
+        steps = []
         for position, index, param in pairs:
             if state_dict["state"].get(index):
                 described = f"of parameter {position} (shape {tuple(param.shape)})"
-                converted[index] = state(state_dict["state"][index], saved, param, described)
-        states.update(converted)
-        steps = [int(x["step"]) for x in converted.values()]
+                try:
+                    states[index] = state(state_dict["state"][index], saved, group, param, described)
+                    steps.append(int(states[index]["step"]))
+                except ValueError as error:
+                    reasons.append(str(error))
         kept: Group = {key: saved[key] for key in ("params", "param_names", "initial_lr") if key in saved}
-        groups.append({**kept, **options(saved, group, steps, where)})
+        own: Group = {key: group[key] for key in LAYOUT}
+        try:
+            groups.append({**kept, **own, **NEUTRAL, **options(saved, group, steps, where)})
+        except ValueError as error:
+            reasons.append(str(error))
+    if reasons:
+        raise Refused(reasons)
     return {"state": states, "param_groups": groups}
 
 
@@ -190,7 +284,7 @@ def _groups(
     saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
     lengths, saved_lengths = ([len(group["params"]) for group in x] for x in (groups, saved_groups))
     if lengths != saved_lengths:
-        raise ValueError(f"the checkpoint's groups should have {lengths} parameters but have {saved_lengths}")
+        raise Refused([f"the checkpoint's groups should have {lengths} parameters but have {saved_lengths}"])
     position = 0
     for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         pairs = list(zip(range(position, position + len(group["params"])), saved["params"], group["params"], strict=True))
@@ -221,12 +315,27 @@ def _field(saved: State, key: str, where: str) -> Any:
     return saved[key]
 
 
-def _factored(saved: State, param: Tensor, where: str) -> State:
-    """Second moments under this optimizer's keys; those of a matrix that are kept whole become row and column means."""
-    if param.ndim < 2:
-        return {"exp_avg_sq": _field(saved, "exp_avg_sq", where)}
-    if "exp_avg_sq" not in saved:
-        return {key: _field(saved, key, where) for key in ("exp_avg_sq_row", "exp_avg_sq_col")}
-    whole = saved["exp_avg_sq"]
-    whole = whole.to(torch.promote_types(whole.dtype, torch.float32))
-    return {"exp_avg_sq_row": whole.mean(-1), "exp_avg_sq_col": whole.mean(-2)}
+def _last_two(saved: State, param: Tensor, where: str) -> Tensor | dict[int, Tensor]:
+    """The second moment of a parameter under transformers' keys: the whole, or its means by the dimension that they lack."""
+    if param.ndim < 2 or "exp_avg_sq" in saved:
+        whole: Tensor = _field(saved, "exp_avg_sq", where)
+        return whole
+    return {-1: _field(saved, "exp_avg_sq_row", where), -2: _field(saved, "exp_avg_sq_col", where)}
+
+
+def _factored(moment: Tensor | dict[int, Tensor], group: Group, param: Tensor, where: str) -> State:
+    """A second moment under this optimizer's keys; one that is kept whole there and factored here becomes means."""
+    dims = factored_dims(param.shape, group)
+    if isinstance(moment, Tensor):
+        if dims is None:
+            return {"exp_avg_sq": moment}
+        whole = moment.to(torch.promote_types(moment.dtype, torch.float32))
+        return {"exp_avg_sq_row": whole.mean(dims[1]), "exp_avg_sq_col": whole.mean(dims[0])}
+    by_dim = {dim % param.ndim: x for dim, x in moment.items()}
+    if dims is None or set(by_dim) != set(dims):
+        here = "kept whole" if dims is None else f"factored over {dims}"
+        raise ValueError(
+            f"the second moment {where} is factored over dimensions {tuple(sorted(by_dim))} there but {here} here, and one "
+            "does not give the other; construct this optimizer with `factor_dims` and `min_dim_size_to_factor` that agree"
+        )
+    return {"exp_avg_sq_row": by_dim[dims[1]], "exp_avg_sq_col": by_dim[dims[0]]}

@@ -1,6 +1,7 @@
 """Checkpoints: of other optimizers' real classes, refused ones, and through torch.distributed.checkpoint."""
 
 import copy
+import re
 
 import pytest
 import torch
@@ -101,6 +102,7 @@ def test_a_parameter_that_never_stepped_converts():
         {"lr": 1e-3, "betas": (0.9, 0.999), "weight_decay": 0.1, "eps_scale": 1e-2, "clip_threshold": 0.7},
         {"warmup_init": True, "decay_rate": -0.6, "scale_parameter": False},
         {"caution": True},  # changes nothing without momentum
+        {"caution": True, "betas": (0.9, 0.999), "lr": 1e-2},
     ],
 )
 def test_timm_goes_on_alike(options):
@@ -122,6 +124,91 @@ def test_timm_whole_second_moment_of_a_small_matrix_becomes_what_ours_would_be()
     optimizer, copies = continued(convert.from_timm, source, params)
     for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
         torch.testing.assert_close(optimizer.state[copies[0]][key], ours.state[twins[0]][key], rtol=1e-5, atol=0)
+
+
+def test_timm_factors_convolutions_over_their_channels_and_small_matrices_not():
+    params = parameters([(20, 30), (24, 18, 3, 3), (3, 20), (7,)])
+    source = timm_adafactor()(params)
+    run(source, params, range(5))
+    own = {"factor_dims": "largest", "min_dim_size_to_factor": 17}
+    optimizer = assert_goes_on_alike(convert.from_timm, source, params, range(5, 10), **own)
+    kept = [set(optimizer.state[p]) - {"step", "RMS"} for p in optimizer.param_groups[0]["params"]]
+    assert kept[2] == kept[3] == {"exp_avg_sq"} != kept[1]
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"momentum": None},
+        {"momentum_dtype": torch.float32, "beta2_cap": 0.6, "caution": True, "clipping_threshold": 1.0},
+        {"momentum": None, "weight_decay": 1e-3, "unscaled_wd": True, "decay_offset": 2},
+        {"momentum": None, "weight_decay": 0.1},
+    ],
+    ids=str,
+)
+def test_timm_big_vision_goes_on_alike(options):
+    params = parameters([(20, 30), (24, 18, 3, 3), (30, 40, 1, 1), (3, 20), (7,)])
+    source = timm_module("adafactor_bv").AdafactorBigVision(params, lr=1e-2, **options)
+    run(source, params, range(5))
+    own = {"factor_dims": "largest", "min_dim_size_to_factor": 16}
+    assert_goes_on_alike(convert.from_timm, source, params, range(5, 10), **own)
+
+
+def test_optax_state_as_arrays():
+    """optax's second moments lack their largest dimension, or their second largest, wherever these are."""
+    shapes = [(20, 30), (30, 20), (24, 18, 3, 3), (3, 20), (7,)]
+    params, twins = parameters(shapes), parameters(shapes)
+    options = {"lr": 1e-2, "scale_parameter": False, "relative_step": False, "compile": False, "beta1": 0.9}
+    options |= {"factor_dims": "largest", "min_dim_size_to_factor": 16}
+    source, optimizer = Adafactor(params, **options), Adafactor(twins, **options)
+    run(source, params, range(5))
+    rows, columns, whole = [], [], []
+    for p in params:
+        state, nothing = source.state[p], torch.zeros(1)
+        pair = [state.get("exp_avg_sq_row", nothing), state.get("exp_avg_sq_col", nothing)]
+        order = sorted(range(p.ndim), key=lambda dim, p=p: p.shape[dim])[-2:]
+        pair = pair if order == sorted(order) else pair[::-1]
+        rows.append(pair[0].numpy())
+        columns.append(pair[1].numpy())
+        whole.append(state.get("exp_avg_sq", nothing).numpy())
+    ema = [source.state[p]["exp_avg"].numpy() for p in params]
+    optimizer.load_state_dict(convert.from_optax(5, rows, columns, whole, optimizer, ema))
+    with torch.no_grad():
+        for p, q in zip(params, twins, strict=True):
+            q.copy_(p)
+    run(source, params, range(5, 8))
+    run(optimizer, twins, range(5, 8))
+    assert all(torch.equal(p, q) for p, q in zip(params, twins, strict=True))
+    with pytest.raises(convert.Refused, match="`v` should have 5 arrays but has 4"):
+        convert.from_optax(5, rows, columns, whole[:4], optimizer)
+
+
+def test_torch_weight_decay_goes_on_alike():
+    params = parameters(SHAPES)
+    source = torch.optim.Adafactor(params, weight_decay=0.1)
+    run(source, params, range(5))
+    assert_goes_on_alike(convert.from_torch, source, params, range(5, 10))
+
+
+def test_pytorch_optimizer_cap_goes_on_alike():
+    params = parameters(SHAPES)
+    source = PytorchOptimizerAdaFactor(params, betas=(0.9, 0.5), momentum_dtype=torch.float32)
+    run(source, params, range(5))
+    optimizer = assert_goes_on_alike(convert.from_pytorch_optimizer, source, params, range(5, 10))
+    assert optimizer.param_groups[0]["beta2_cap"] == 0.5
+
+
+def test_refusals_are_all_reasons():
+    params = parameters([(17, 17, 17), (18, 18, 18), (5,)])
+    source = timm_adafactor()(params)
+    run(source, params, range(2))
+    optimizer = Adafactor(params, compile=False)
+    reasons = convert.refusals(convert.from_timm, source.state_dict(), optimizer)
+    assert [f"parameter {i}" in reason for i, reason in enumerate(reasons)] == [True, True]
+    with pytest.raises(ValueError, match=r"parameter 0 .*\(and 1 more, see `refusals`\)"):
+        convert.from_timm(source.state_dict(), optimizer)
+    agreeing = Adafactor(params, compile=False, factor_dims="largest")
+    assert len(convert.refusals(convert.from_timm, source.state_dict(), agreeing)) == 2  # over 1, 2 here and 0, 1 there
 
 
 @pytest.mark.parametrize("foreach", [False, True])
@@ -163,21 +250,31 @@ def torch_source(**options):
     return lambda params: torch.optim.Adafactor(params, **options)
 
 
+def scheduled(optimizer):
+    torch.optim.lr_scheduler.ConstantLR(optimizer)
+    return optimizer
+
+
 REFUSED = {
-    "torch weight decay": (convert.from_torch, torch_source(weight_decay=0.1), None, "`weight_decay` should be 0 but is: 0.1"),
+    "torch weight decay": (
+        convert.from_torch,
+        torch_source(weight_decay=0.1),
+        scheduled,
+        "`weight_decay` should be 0 under a scheduler but is: 0.1",
+    ),
     "torch lr": (convert.from_torch, torch_source(lr=0.1), lambda x: at_step(x, 500), r"`lr` should be at most .* 0\.04468"),
     "torch keys": (convert.from_torch, torch_source(), without("col_var"), r"parameter 0 \(shape \(20, 30\)\) lacks col_var"),
     "timm convolution": (
         convert.from_timm,
         lambda params: timm_adafactor()(params),
         None,
-        r"parameter 2 \(shape \(17, 17, 17\)\) is factored over its first two",
+        r"parameter 2 \(shape \(17, 17, 17\)\) is factored over dimensions \(0, 1\) there but factored over \(1, 2\) here",
     ),
-    "timm caution": (
+    "timm corrected decay": (
         convert.from_timm,
-        lambda params: timm_adafactor()(params[:2], betas=(0.9, 0.99), caution=True),
+        lambda params: timm_module("adafactor_bv").AdafactorBigVision(params, weight_decay=0.1, corrected_weight_decay=True),
         None,
-        "`caution` should be False",
+        "`corrected_weight_decay` should be False",
     ),
     "timm keys": (
         convert.from_timm,
@@ -197,12 +294,6 @@ REFUSED = {
         None,
         "`weight_decay` should be decoupled",
     ),
-    "capped decay": (
-        convert.from_pytorch_optimizer,
-        lambda params: PytorchOptimizerAdaFactor(params),
-        lambda x: at_step(x, 6000),
-        r"`betas\[1\]` = 0.999",
-    ),
     "another number": (convert.from_torch, lambda params: torch.optim.Adafactor(params[:1]), None, r"have \[\d\] parameters"),
 }
 
@@ -220,6 +311,7 @@ def test_what_has_no_counterpart_is_refused(name):
     optimizer = Adafactor(params[:count], compile=False)
     with pytest.raises(ValueError, match=message):
         converter(source.state_dict(), optimizer)
+    assert any(re.search(message, reason) for reason in convert.refusals(converter, source.state_dict(), optimizer))
 
 
 def corrupted(key, value):
