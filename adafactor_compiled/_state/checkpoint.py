@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import UninitializedParameter
 from torch.optim import Optimizer
 
 from adafactor_compiled._state import placements
@@ -86,33 +87,31 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
         )
     filled = []
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        _check_layout(saved, group, index)
         kept = (*EXECUTION, *LAYOUT)
         own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in kept)}
         filled.append(plain({**saved, **own}))
         check_options(filled[-1], f" (parameter group {index} of the checkpoint)")
     indices = [index for saved in saved_groups for index in saved["params"]]
     params = [param for group in groups for param in group["params"]]
-    of_params = [group for group in filled for _ in group["params"]]
-    for position, (index, param) in enumerate(zip(indices, params, strict=True)):
-        if wants_rounding(param.dtype, of_params[position]):
-            origin_in(param, of_params[position], position)
+    of_params = [(saved, group) for saved, group in zip(saved_groups, filled, strict=True) for _ in saved["params"]]
+    for position, (index, param, (saved, group)) in enumerate(zip(indices, params, of_params, strict=True)):
+        if wants_rounding(param.dtype, group) and not isinstance(param, UninitializedParameter):
+            origin_in(param, group, position)
         if state_dict["state"].get(index):
-            _check_loaded(state_dict["state"][index], param, of_params[position], position)
+            _check_layout(param, saved, group, position)
+            _check_loaded(state_dict["state"][index], param, group, position)
     return {**state_dict, "param_groups": filled}
 
 
-def _check_layout(saved: Group, group: Group, index: int) -> None:
-    """Raise ValueError where the second moments of a group are kept otherwise than those of its checkpoint."""
-    theirs = {"min_dim_size_to_factor": 0, "factor_dims": "last"} | {name: saved[name] for name in LAYOUT if name in saved}
-    for param in group["params"]:
-        if factored_dims(param.shape, theirs) != factored_dims(param.shape, group):
-            was, own = (", ".join(f"{name}={x[name]!r}" for name in LAYOUT) for x in (theirs, group))
-            raise ValueError(
-                f"the checkpoint's parameter group {index} has the second moment of a parameter of shape "
-                f"{tuple(param.shape)} as with {was}, this optimizer as with {own}; construct it with the former; "
-                "nothing was loaded"
-            )
+def _check_layout(param: Tensor, saved: Group, group: Group, index: int) -> None:
+    """Raise ValueError where the second moment of a parameter is kept otherwise than that of its checkpoint."""
+    theirs = {**LAYOUT, **saved}
+    if factored_dims(param.shape, theirs) != factored_dims(param.shape, group):
+        was, own = (", ".join(f"{name}={x[name]!r}" for name in LAYOUT) for x in (theirs, group))
+        raise ValueError(
+            f"the checkpoint has the second moment of parameter {index} (shape {tuple(param.shape)}) as with {was}, this "
+            f"optimizer as with {own}; construct it with the former; nothing was loaded"
+        )
 
 
 def loaded_states(state_dict: dict[str, Any]) -> Iterator[tuple[int, State]]:

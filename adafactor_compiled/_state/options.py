@@ -13,8 +13,8 @@ Group = dict[str, Any]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
 EXECUTION = ("foreach", "compile", "capturable")
-# What the state looks like: a checkpoint must be made with what comes to the same.
-LAYOUT = ("min_dim_size_to_factor", "factor_dims")
+# What the state looks like, and what transformers' looks like: a checkpoint must be made with what comes to the same.
+LAYOUT: Mapping[str, Any] = {"min_dim_size_to_factor": 0, "factor_dims": "last"}
 
 PARAMETER_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from adafactor_compiled._state.moments import State
-from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.moments import State, factored_dims
+from adafactor_compiled._state.options import LAYOUT, Group
 from adafactor_compiled._update.numbers import unscaled_lr
 from adafactor_compiled._update.reference import approx_sq_grad, rms
 
@@ -25,7 +25,7 @@ def get_lr(param_group: Group, param_state: State) -> Any:
 
 def get_options(param_group: Group, param_shape: Sequence[int]) -> tuple[bool, bool]:
     """Whether the second moment is factored, and whether there is a momentum."""
-    return len(param_shape) >= 2, param_group["beta1"] is not None
+    return factored_dims(param_shape, {**LAYOUT, **param_group}) is not None, param_group["beta1"] is not None
 
 
 PARTS: Mapping[str, Callable[..., Any]] = {
