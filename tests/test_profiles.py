@@ -244,6 +244,72 @@ def test_quick_run_writes_a_result_and_a_picture_that_can_be_redrawn(command, tm
     assert (tmp_path / f"{name}.png").exists()
 
 
+class TestVariations:
+    def test_quick_run_says_what_changes_nothing(self, tmp_path):
+        arguments = ["--tasks", "characters", "--results", tmp_path]
+        printed = run(PROFILES / "variations.py", *arguments, "--quick").stdout
+        result = json.loads((tmp_path / "variations.json").read_text(encoding="utf-8"))
+        contenders = result["tasks"]["characters"]["contenders"]
+        base = contenders["Adafactor, T5 setting"]
+        assert len(base["rates"]) == len(base["rates"][0]["held_out_losses"]) == len(result["seeds"]) == 3
+        assert contenders["beta2_cap=0.99"]["rates"] == base["rates"]  # so few steps do not reach it
+        assert (
+            "No help: the same losses as Adafactor, T5 setting, to the last digit: beta2_cap=0.999; beta2_cap=0.99." in printed
+        )
+        momentum, half = (contenders[name]["state_bytes"] for name in ("beta1=0.9", "beta1=0.9, momentum in bfloat16"))
+        assert momentum - half == result["tasks"]["characters"]["parameters"] * 2
+        assert (tmp_path / "variations.png").stat().st_size > 10_000
+        (tmp_path / "variations.png").unlink()
+        redrawn = run(PROFILES / "variations.py", "--redraw", "--results", tmp_path).stdout
+        assert redrawn.splitlines() == printed.splitlines()[1:]
+        assert (tmp_path / "variations.png").exists()
+
+    def test_digits_are_learned(self, shared):
+        pytest.importorskip("sklearn")
+        import variations
+
+        job = variations.Job("digits", variations.BASE, 1e-2, 0, 60, None, False)
+        loss, accuracy = variations.train(job)
+        assert (loss, accuracy) == variations.train(job)
+        assert accuracy > 0.5
+        timed = variations.time_steps("digits", [variations.BASE, 'factor_dims="largest"'], 1, False)
+        base, largest = (of_name["state_bytes"] for of_name in timed.values())
+        assert largest < base
+
+    @pytest.mark.parametrize(
+        ("losses", "word"),
+        [
+            ([1.0, 1.25, 1.5], "the same"),
+            ([1.0, 1.0, 1.5], "no difference"),
+            ([1.5, 1.75, 2.0], "no difference"),  # the means are as far apart as the seeds
+            ([1.75, 2.0, 2.25], "worse"),
+            ([0.5, 0.5, 0.5], "better"),
+            ([0.5, 0.5, None], "worse"),  # None is how the JSON has what is not finite
+            ([None, None, None], "worse"),
+        ],
+    )
+    def test_difference_is_beyond_the_spread(self, shared, losses, word):
+        import _verdicts
+
+        base, other = ({"best": 0, "rates": [{"lr": 1e-3, "held_out_losses": of}]} for of in ([1.0, 1.25, 1.5], losses))
+        assert _verdicts.verdict(other, base)[0] == word
+
+    def test_rate_at_the_edge_is_told(self, shared):
+        import _verdicts
+
+        rates = [{"lr": lr} for lr in (1e-3, 3e-3, 1e-2)]
+        told = [_verdicts.rate_text({"best": best, "rates": rates}) for best in range(3)]
+        assert told == ["0.001, least tried", "0.003", "0.01, largest tried"]
+
+    def test_rates_rise_and_fall(self, shared):
+        import variations
+
+        shares = [variations.share_of_rate(100, step) for step in range(100)]
+        assert shares[0] == pytest.approx(0.2)
+        assert max(shares) == shares[4] == shares[5] == 1
+        assert shares[-1] == pytest.approx(1 / 95)
+
+
 class TestGpu:
     """What gpu.py can do on a CPU: everything but the device's own numbers."""
 
