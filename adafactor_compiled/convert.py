@@ -115,13 +115,15 @@ def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, 
             parameters; or a state without the second moments.
     """
 
-    def options(saved: Group, _: Group, __: list[int], where: str) -> Group:
+    def options(saved: Group, group: Group, _: list[int], where: str) -> Group:
         if saved.get("corrected_weight_decay") and saved["weight_decay"]:
             raise ValueError(f"`corrected_weight_decay` should be False but is: True{where}; nothing here scales decay like it")
         if "beta2_cap" in saved:
+            least = 1e-7 if all(param.dtype is torch.float16 for param in group["params"]) else 1e-30
             return {
-                **{key: saved[key] for key in ("lr", "weight_decay", "beta2_cap", "decay_offset", "momentum_dtype")},
-                "eps": (1e-30 if saved["eps"] is None else saved["eps"], 1e-3),
+                **{key: saved[key] for key in ("lr", "weight_decay", "decay_offset", "momentum_dtype")},
+                "beta2_cap": saved["beta2_cap"] if saved["beta2_cap"] < 1 else None,
+                "eps": (least if saved["eps"] is None else saved["eps"], 1e-3),
                 "clip_threshold": saved["clipping_threshold"],
                 "decay_rate": -saved["decay_rate"],
                 "beta1": saved["momentum"],

@@ -83,7 +83,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
         seconds.update(known)
         classes.append(
             ClassSummary(
-                shape=shape_class.shape,
+                shape=tuple(entries[part.positions[0]].param.shape),
                 dtype=str(shape_class.dtype).removeprefix("torch."),
                 device=str(shape_class.device),
                 members=len(part.positions),

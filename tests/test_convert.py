@@ -142,7 +142,7 @@ def test_timm_factors_convolutions_over_their_channels_and_small_matrices_not():
         {"momentum": None},
         {"momentum_dtype": torch.float32, "beta2_cap": 0.6, "caution": True, "clipping_threshold": 1.0},
         {"momentum": None, "weight_decay": 1e-3, "unscaled_wd": True, "decay_offset": 2},
-        {"momentum": None, "weight_decay": 0.1},
+        {"momentum": None, "weight_decay": 0.1, "beta2_cap": 1.0},
     ],
     ids=str,
 )

@@ -186,7 +186,8 @@ class _Matrix(_Piece):
         state = job.entry.state
         *_, self.rows, self.columns = job.entry.param.shape
         self.row = local(state["exp_avg_sq_row"])
-        row, col = self.row.clone(), local(state["exp_avg_sq_col"])  # passes write rows before the ranks have agreed
+        # Passes write rows before the ranks have agreed, and as views of what is contiguous.
+        row, col = self.row.clone(memory_format=torch.contiguous_format), local(state["exp_avg_sq_col"])
         exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
         self.x = Member(local(job.entry.param), self.grad, row, col, None, exp_avg, None, job.table, job.draws)
         self.piece = Piece(self.x, _runner(job, job.compiles), job.compiles)

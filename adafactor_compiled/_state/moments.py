@@ -17,6 +17,9 @@ from adafactor_compiled._state.options import Group
 State = dict[str, Any]
 
 
+SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+
+
 class Momentum(NamedTuple):
     dtype: torch.dtype
     cautious: bool
@@ -52,7 +55,14 @@ def shapes_of(param: Tensor, group: Mapping[str, Any]) -> dict[str, list[int]]:
 
 def check(state: State, param: Tensor, group: Group, index: int) -> None:
     """Raise RuntimeError for a state that cannot be this parameter's."""
-    for key, dims in shapes_of(param, group).items():
+    dims_of = shapes_of(param, group)
+    other = next((key for key in SECOND_MOMENTS if key not in dims_of and state.get(key) is not None), None)
+    if other and (isinstance(state["step"], Tensor) or state["step"] > 0):
+        raise RuntimeError(
+            f"the second moment of parameter {index} (shape {tuple(param.shape)}) should be {' and '.join(dims_of)} but is "
+            f"`{other}`; `factor_dims` and `min_dim_size_to_factor` stay as they are once steps were taken; nothing was stepped"
+        )
+    for key, dims in dims_of.items():
         value, shape = state.get(key), [param.shape[dim] for dim in dims]
         if value is not None and list(getattr(value, "shape", [])) != shape:
             raise RuntimeError(
@@ -77,8 +87,10 @@ def complete(state: State, param: Tensor, group: Group) -> None:
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
     else:
         state["step"] = int(step)
-    momentum = momentum_of(param.dtype, group)
-    for key, dims in shapes_of(param, group).items():
+    momentum, dims_of = momentum_of(param.dtype, group), shapes_of(param, group)
+    for key in [key for key in SECOND_MOMENTS if key in state and key not in dims_of]:  # of no steps yet, see `check`
+        del state[key]
+    for key, dims in dims_of.items():
         dtype = momentum.dtype if key == "exp_avg" and momentum is not None else compute_dtype(param.dtype)
         state[key] = _fitted(state.get(key), key, dims, param, dtype)
     if group["capturable"] and not torch.compiler.is_compiling():

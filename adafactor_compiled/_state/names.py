@@ -18,6 +18,8 @@ ALIASES = {
     "eps2": "eps",
     "wd": "weight_decay",
     "scaleparam": "scale_parameter",
+    "caution": "cautious",
+    "mindimsize": "min_dim_size_to_factor",
 }
 CLOSE = 0.86  # of 1: one letter in seven may be another
 
@@ -37,11 +39,10 @@ def option_meant(key: object) -> str | None:
     """
     if not isinstance(key, str) or key in OPTIONS:
         return None
-    letters, words = _letters(key), f"_{key}_"
-    if letters not in MEANT and any(f"_{option}_" in words for option in OPTIONS):
-        return None
+    letters = _letters(key)
     close = difflib.get_close_matches(letters, MEANT, 1, CLOSE)
-    return MEANT[close[0]] if close else None
+    meant = MEANT[close[0]] if close else None
+    return None if letters not in MEANT and f"_{meant}_" in f"_{key}_" else meant
 
 
 def check_names(keys: Iterable[object]) -> None:

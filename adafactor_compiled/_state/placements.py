@@ -101,7 +101,8 @@ def origin_of(param: DTensor, factored: bool = True) -> Origin | None:
     """None, on all ranks alike, where the elements of a piece do not follow one another in slices, rows or columns."""
     lead, split = param.shape[:-2], split_dims(param).values()
     if not factored and param.ndim > 1:  # one row of all elements
-        return None if split else Origin()
+        window = _window(param, 0) if set(split) <= {0} and _same_on_all_ranks(param, 0) else None
+        return None if window is None else Origin(0, 0, window.start * param.shape[1:].numel())
     if any(dim in split and lead[:dim].numel() > 1 for dim in range(len(lead))):
         return None
     if not all(_same_on_all_ranks(param, dim) for dim in range(param.ndim)):
@@ -120,17 +121,6 @@ def _same_on_all_ranks(param: DTensor, dim: int) -> bool:
     ranks = math.prod(param.device_mesh.size(i) for i, split_by in split_dims(param).items() if split_by == dim)
     strided = any(isinstance(x, _StridedShard) and x.dim % param.ndim == dim for x in param.placements)
     return not strided or param.shape[dim] % ranks == 0
-
-
-def checked_origin(param: Tensor, index: int, factored: bool = True) -> Origin:
-    """Raise ValueError for a distributed parameter that cannot be rounded stochastically."""
-    origin = origin_of(param, factored) if isinstance(param, DTensor) else Origin()
-    if origin is None:
-        raise ValueError(
-            "`stochastic_rounding` draws by an element's place and needs pieces contiguous in slices, rows and columns "
-            f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"  # type: ignore[attr-defined]
-        )
-    return origin
 
 
 def _window(param: DTensor, dim: int) -> slice | None:

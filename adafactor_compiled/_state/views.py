@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._state.placements import Origin, checked_origin
+from adafactor_compiled._state.placements import Origin, origin_of
 
 
 def is_moved(entry: Entry) -> bool:
@@ -42,8 +44,16 @@ def origin_in(param: Tensor, group: Group, index: int) -> Origin:
     Raises:
         ValueError: it cannot be rounded stochastically.
     """
+    if not isinstance(param, DTensor):
+        return Origin()
     dims = factored_dims(param.shape, group)
-    return checked_origin(moved(param, dims), index, dims is not None)
+    origin = origin_of(cast(DTensor, moved(param, dims)), dims is not None)
+    if origin is None:
+        raise ValueError(
+            "`stochastic_rounding` draws by an element's place and needs pieces contiguous in slices, rows and columns "
+            f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"
+        )
+    return origin
 
 
 def _moved(entry: Entry) -> Entry:

@@ -67,6 +67,11 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     moved = [i for i, entry in enumerate(entries) if is_moved(entry)]
     seen = with_dims_last(entries, moved)
     classes = [(path_of(x.group, x.param), _class_of(x)) for x in seen]
+    for i in moved:
+        path, of = classes[i]
+        factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
+        if path != "sharded" and route_of(of) is not None and not all(x.is_contiguous() for x in factors):
+            classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
     parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
     routed = [part for part in parts if part.path == "compiled" and route_of(part.shape_class) is not None]

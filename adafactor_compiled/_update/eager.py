@@ -31,7 +31,8 @@ def step_parameter(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         update_rms: receives the RMS of the update before clipping.
     """
     in_parts = x.p.ndim >= 2 and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > MOST
-    in_parts = in_parts and x.row is not None and not x.cautious and x.p.is_contiguous() and x.g.is_contiguous()
+    in_parts = in_parts and x.row is not None and not x.cautious
+    in_parts = in_parts and all(of.is_contiguous() for of in (x.p, x.g, x.row, x.col))
     (_step_in_parts if in_parts else _step_whole)(x, numbers, rms, update_rms)
 
 

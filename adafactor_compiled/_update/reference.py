@@ -66,7 +66,7 @@ def step_parameter(
         update = exp_avg.to(compute_dtype).mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])
         if exp_avg is not update:
             write(exp_avg, update, noise)
-    if group["cautious"]:
+    if group["cautious"] and group["beta1"] is not None:
         agree = (update.sign() * grad.sign() * (-1 if group["maximize"] else 1) > 0).to(compute_dtype)
         update = update * (agree / agree.mean().clamp(min=LEAST_SHARE))
     if group["weight_decay"] != 0:  # 9

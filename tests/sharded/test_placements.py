@@ -74,7 +74,7 @@ VARIATIONS: list[dict[str, Any]] = [
 def check_variations() -> None:
     for options in VARIATIONS:
         params: list[Tensor] = []
-        for placements, shapes, _ in PLACEMENTS.values():
+        for placements, shapes, _ in [*PLACEMENTS.values(), ([R, Shard(0)], [(2, 20, 3, 24), (4, 20, 24, 3)], 1)]:
             params += placed_parameters(placements, shapes, ("a", "b"))
         optimizer = train_beside_unsharded(params, {"lr": 1e-2, "relative_step": False, **options}, EAGER)
         assert any("exp_avg_sq" in optimizer.state[p] for p in params if p.ndim > 1) == ("min_dim_size_to_factor" in options)
@@ -82,6 +82,15 @@ def check_variations() -> None:
         assert max(dims) > 1  # some are factored over others than their last two
     with pytest.raises(ValueError, match="`cautious` should be False for sharded parameters"):
         Adafactor(params, lr=1e-2, relative_step=False, beta1=0.9, cautious=True)
+    optimizer = Adafactor(params, lr=1e-2, relative_step=False, beta1=0.9)
+    saved = optimizer.state_dict()
+    saved["param_groups"][0]["cautious"] = True
+    with pytest.raises(ValueError, match="`cautious` should be False for sharded parameters"):
+        optimizer.load_state_dict(saved)
+    # What keeps its whole second moment is one row, and draws as unsharded where the pieces follow one another in it.
+    rounded = {"lr": 1e-2, "relative_step": False, "min_dim_size_to_factor": 9, "stochastic_rounding": True}
+    halves = [nn.Parameter(p.detach().bfloat16()) for p in placed_parameters([R, Shard(0)], [(7, 5), (3, 2, 3)], ("a", "b"))]
+    train_beside_unsharded(halves, rounded, EAGER)
 
 
 def test_variations(ranks):

@@ -13,6 +13,7 @@ from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._update import eager
 
 SHAPES = [(24, 18), (20, 24, 3, 3), (16, 12, 1, 1), (3, 20), (7,), (), (2, 9, 8), (5, 4, 3)]
 FIXED = {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
@@ -203,6 +204,50 @@ def train_on(optimizer: Adafactor, exact: list[Tensor], params: list[Tensor]) ->
 )
 def test_compiled_is_the_reference(name: str) -> None:
     check_path(name, (torch.float32,), [(24, 18), (16, 12, 1, 1), (20, 24, 3, 3), (7,)], compile=True)
+
+
+@pytest.mark.parametrize("path", [PATHS["multi-tensor"], PATHS["compiled"]], ids=str)
+@pytest.mark.parametrize("order", [(2, 0, 3, 1), (3, 2, 0, 1), (0, 2, 1, 3)], ids=str)
+def test_kernels_in_any_memory_order(order: tuple[int, ...], path: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels of other frameworks lie otherwise, and then their factors do not lie as they do."""
+    monkeypatch.setattr(eager, "WHOLE_NUMEL", 64)
+    sizes = sorted((2, 3, 24, 20), reverse=order[0] == 0)
+    params = [torch.nn.Parameter(p.detach().permute(order)) for p in parameters(torch.float32, [tuple(sizes)])]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    options = {**FIXED, "factor_dims": "largest", "beta1": 0.9}
+    ours, reference = Adafactor(params, **options, **path), Adafactor(others, **options, foreach=False)
+    for _ in range(3):
+        train(ours, params, 1)
+        train_on(reference, others, params)
+    assert_same_parameter(params[0], others[0], "variations - reference")
+
+
+@pytest.mark.parametrize("path", EAGER, ids=str)
+def test_options_of_the_layout_stay_once_steps_were_taken(path: dict[str, Any]) -> None:
+    for first, then in ((0, 128), (128, 0)):
+        [p] = params = parameters(torch.float32, [(16, 12)])
+        optimizer = Adafactor(params, **FIXED, **path, min_dim_size_to_factor=first)
+        optimizer.param_groups[0]["min_dim_size_to_factor"] = then
+        train(optimizer, params, 2)  # not yet stepped: it may change
+        assert ("exp_avg_sq" in optimizer.state[p]) == (then == 128) != ("exp_avg_sq_row" in optimizer.state[p])
+        before = p.detach().clone()
+        optimizer.param_groups[0]["min_dim_size_to_factor"] = first
+        with pytest.raises(RuntimeError, match="stay as they are once steps were taken; nothing was stepped"):
+            optimizer.step()
+        assert torch.equal(p, before)
+        assert optimizer.state[p]["step"] == 2
+
+
+@pytest.mark.parametrize("path", EAGER, ids=str)
+def test_cautious_means_nothing_once_there_is_no_momentum(path: dict[str, Any]) -> None:
+    p = torch.nn.Parameter(torch.ones(8, 8))
+    optimizer = Adafactor([p], **FIXED, beta1=0.9, cautious=True, **path)
+    optimizer.param_groups[0]["beta1"] = None
+    p.grad = torch.zeros(8, 8)
+    p.grad[:, 0] = 1.0
+    optimizer.step()
+    assert largest(1 - p) == pytest.approx(1e-2 / 1.0, rel=2.0)
+    assert largest(1 - p) < 3.5e-2  # masked, it would be eight times that
 
 
 def test_defaults_are_transformers() -> None:
