@@ -30,7 +30,7 @@ def compile_pass(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def key_of(function: Callable[..., Any], shape: tuple[int, ...], dtype: torch.dtype) -> Pass:
-    return pass_of(function, shape, torch.device("cpu"), (dtype, dtype), False, False)
+    return pass_of(function, shape, torch.device("cpu"), (dtype, dtype), None, False)
 
 
 @pytest.fixture

@@ -16,6 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import examples, passes
+from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._update import kernels, matrices, vectors
 
 LOOK_AT = (
@@ -249,7 +250,8 @@ def test_a_graph_for_a_gpu_serves_all_sizes(
 ) -> None:
     """The graphs, here for a CPU: what an example was of its size by chance must not be a guard."""
     monkeypatch.setattr(examples, "MEMBERS", examples.GPU_MEMBERS)
-    key = passes.pass_of(function, sizes, torch.device("cuda"), (dtype, dtype), True, dtype is torch.bfloat16)
+    momentum = Momentum(torch.float32, cautious=dtype is torch.float32)
+    key = passes.pass_of(function, sizes, torch.device("cuda"), (dtype, dtype), momentum, dtype is torch.bfloat16)
     assert key.k == 16
     assert (key.columns == examples.SIXTEENS) == (sizes[-1] % 16 == 0)
     key = key._replace(device=torch.device("cpu"), k=3)

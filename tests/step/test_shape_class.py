@@ -13,6 +13,7 @@ from strategies import Problem, problems
 from adafactor_compiled import Adafactor
 from adafactor_compiled._state.entries import entries_of
 from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.plan import plan_of
 from adafactor_compiled._step.shape_class import shape_class_of
 
@@ -30,22 +31,31 @@ def test_grouping_keeps_each_position_once_and_in_order(keys: list[int]) -> None
 
 
 def test_a_class_is_what_a_graph_depends_on() -> None:
-    def class_of(shape: tuple[int, ...] = (4, 6), momentum: bool = False, **like: Any) -> Any:
+    group = Adafactor([torch.zeros(1)]).param_groups[0]
+
+    def class_of(shape: tuple[int, ...] = (4, 6), options: dict[str, Any] | None = None, **like: Any) -> Any:
         p = torch.zeros(shape, **like)
-        return shape_class_of(p, torch.zeros_like(p), momentum)
+        return shape_class_of(p, torch.zeros_like(p), {**group, **(options or {})})
 
     p = torch.zeros(4, 6)
     assert class_of() == class_of()
     others = [
         class_of((6, 4)),
         class_of(dtype=torch.float64),
-        class_of(momentum=True),
+        class_of(options={"beta1": 0.9}),
+        class_of(options={"beta1": 0.9, "momentum_dtype": torch.bfloat16}),
+        class_of(options={"beta1": 0.9, "cautious": True}),
+        class_of(options={"min_dim_size_to_factor": 5}),
+        class_of(options={"stochastic_rounding": True}, dtype=torch.bfloat16),
+        class_of(dtype=torch.bfloat16),
         class_of(device="meta"),
-        shape_class_of(p, p.mT.contiguous().mT, False),
-        shape_class_of(p, p.double(), False),
-        shape_class_of(p.mT.contiguous().mT, p, False),
+        shape_class_of(p, p.mT.contiguous().mT, group),
+        shape_class_of(p, p.double(), group),
+        shape_class_of(p.mT.contiguous().mT, p, group),
     ]
     assert len({class_of(), *others}) == 1 + len(others)
+    numbers = {"lr": 0.5, "relative_step": False, "beta2_cap": 0.9, "decay_offset": 3, "weight_decay_scale": "none"}
+    assert class_of(options=numbers) == class_of()
 
 
 @settings(max_examples=60)
@@ -60,10 +70,12 @@ def test_plan_covers_each_gradient_once(problem: Problem) -> None:
     assert all(e.param is params[e.position] and e.grad is e.param.grad for e in entries)
     plan = plan_of(entries, None)
     assert sorted(i for part in plan.parts for i in part.positions) == list(range(len(entries)))
+    seen = with_dims_last(entries, plan.moved)
     for part in plan.parts:
         for i in part.positions:
-            momentum = entries[i].group["beta1"] is not None
-            assert part.shape_class == shape_class_of(entries[i].param, entries[i].grad, momentum)
+            of = shape_class_of(seen[i].param, seen[i].grad, seen[i].group)
+            assert part.shape_class._replace(plain=True) == of
+            assert part.shape_class.plain or i in plan.moved
 
 
 def make_optimizer() -> tuple[list[torch.Tensor], Adafactor]:
