@@ -7,7 +7,9 @@ import pytest
 import torch
 
 PROFILES = Path(__file__).resolve().parents[1] / "profiles"
-needs_cuda_build = pytest.mark.skipif(torch.version.cuda is None, reason="needs a CUDA build of torch")
+needs_cuda_build = pytest.mark.skipif(
+    torch.version.cuda is None or torch.__version__ < "2.13", reason="needs a CUDA build of torch 2.13 or later"
+)
 
 
 class Bound(NamedTuple):

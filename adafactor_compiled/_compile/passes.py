@@ -51,8 +51,19 @@ def compiled(key: Pass) -> Callable[..., Any]:
     function = _in_sixteens(key.function) if key.columns == SIXTEENS else key.function
     short = key.function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
     options = options_of(key.function, key.device.type, short)
-    call: Callable[..., Any] = torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options)
-    return call
+    return _one_at_a_time(torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options))
+
+
+def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
+    """Where settings of torch belong to the process, not to a thread, a call that sets some changes what another compiles."""
+    if torch.__version__ >= "2.13":
+        return call
+
+    def locked(*arguments: Any) -> Any:
+        with _making:
+            return call(*arguments)
+
+    return locked
 
 
 def _in_sixteens(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,4 +159,4 @@ def _numbered(graph: Callable[..., Any], _: Any) -> Callable[..., Any]:
 
 @functools.cache
 def _compiled_probe() -> Callable[[Tensor], tuple[Tensor, bool]]:
-    return torch.compile(_own_code(_probe), backend=_numbered, dynamic=False)
+    return _one_at_a_time(torch.compile(_own_code(_probe), backend=_numbered, dynamic=False))

@@ -1,7 +1,8 @@
 """An H100 that is not there: what torch, Inductor and Triton ask of a GPU before they generate code for it.
 
 For a process of its own that starts in `environment(...)` and calls `install()` before anything is compiled. Tensors are fake
-(FakeTensorMode) and nothing is ever launched; it needs a CUDA build of torch, whose wheels bring Triton and its assembler.
+(FakeTensorMode) and nothing is ever launched; it needs a CUDA build of torch 2.13 or later, whose wheels bring Triton and its
+assembler.
 """
 
 from __future__ import annotations
@@ -53,9 +54,9 @@ def milliseconds(moved: int, launches: int) -> float:
 
 def check_build() -> None:
     """Raise RuntimeError where this torch cannot generate code for a GPU."""
-    if torch.version.cuda is None:
+    if torch.version.cuda is None or torch.__version__ < "2.13":  # before, fake tensors ask the driver for a device
         raise RuntimeError(
-            f"the kernels of a GPU need a CUDA build of torch, with Triton, but this is torch {torch.__version__}; no GPU is "
+            f"the kernels of a GPU need a CUDA build of torch 2.13 or later but this is torch {torch.__version__}; no GPU is "
             "needed: on Linux, `pip install torch` in an environment of its own brings such a build"
         )
 
