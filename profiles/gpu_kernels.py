@@ -4,7 +4,7 @@ For the parameter lists of networks the package makes its plan of a step and com
 that have shapes and no memory. What Inductor generates says how many kernels a step launches and which bytes they read and
 write. Device time is an estimate: bytes over 2.5 TB/s, and at least 2 us a launch; that of fused AdamW is made the same way.
 
-It needs a CUDA build of torch 2.13 or later, and a C compiler. Each network has a process of its own that starts with empty caches.
+It needs a CUDA build of torch 2.13 or later, and a C compiler. Each network has a process of its own, with empty caches.
 
     python profiles/gpu_kernels.py --networks gpt2 --kernels 0.5 --build
 """
