@@ -18,7 +18,7 @@ from torch import Tensor
 from torch._inductor.codegen.triton import TritonScheduling
 from torch._inductor.dependencies import WeakDep
 from torch._inductor.graph import GraphLowering
-from torch._inductor.ir import MultiOutput
+from torch._inductor.ir import AssertScalar, MultiOutput
 from torch._inductor.scheduler import ExternKernelSchedulerNode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -127,7 +127,7 @@ def _plain(lowering: GraphLowering, expressions: Sequence[Any]) -> list[sympy.Ex
 def _of_aten(lowering: GraphLowering) -> Iterator[Launch]:
     """What the wrapper calls beside kernels of its own, with what that reads."""
     for node in lowering.scheduler.nodes:
-        if isinstance(node, ExternKernelSchedulerNode) and not isinstance(node.node, MultiOutput):
+        if isinstance(node, ExternKernelSchedulerNode) and not isinstance(node.node, (MultiOutput, AssertScalar)):
             operation = getattr(node.node, "op_overload", None)
             name = operation._schema.name if operation is not None else type(node.node).__name__
             read = [x for x in node.node.inputs if hasattr(x, "get_numel")]
