@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._state.moments import factored_dims
+from adafactor_compiled._state.moments import factored_dims, largest_dims
 from adafactor_compiled._state.options import LAYOUT, Group
 
 State = dict[str, Any]
@@ -151,7 +151,7 @@ def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, 
             if "exp_avg_sq" in saved:
                 moment: Any = saved["exp_avg_sq"]
             else:
-                rows, columns = sorted(range(param.ndim), key=lambda dim: (param.shape[dim], dim))[-2:]
+                rows, columns = largest_dims(param.shape)
                 row, col = (_field(saved, key, where) for key in ("exp_avg_sq_r", "exp_avg_sq_c"))
                 moment = {columns: row.squeeze(columns), rows: col.squeeze(rows)}
         elif param.ndim > 2 and min(param.shape[:2]) > least:
@@ -196,10 +196,10 @@ def from_optax(
     saved, states = optimizer.state_dict(), {}
     for i, (param, group) in enumerate(params):
         factored = factored_dims(param.shape, group) is not None
-        order = sorted(range(param.ndim), key=lambda dim, param=param: (param.shape[dim], dim))[-2:]  # type: ignore[misc]
         moment: Any = torch.as_tensor(v[i])
         if factored:
-            moment = {order[1]: torch.as_tensor(v_row[i]), order[0]: torch.as_tensor(v_col[i])}
+            second, largest = largest_dims(param.shape)
+            moment = {largest: torch.as_tensor(v_row[i]), second: torch.as_tensor(v_col[i])}
         states[i] = {"step": int(count), **_factored(moment, group, param, f"of parameter {i} (shape {tuple(param.shape)})")}
         if ema is not None:
             states[i]["exp_avg"] = torch.as_tensor(ema[i])

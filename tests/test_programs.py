@@ -62,6 +62,14 @@ def train(model: nn.Module, optimizer: Any, steps: int = 3, start: int = 0) -> N
         optimizer.step()
 
 
+def trained(make: Make, **options: Any) -> tuple[nn.Sequential, Any]:
+    """A model and its optimizer after three steps."""
+    model = model_of()
+    optimizer = make(model.parameters(), **options, **SETTINGS)
+    train(model, optimizer)
+    return model, optimizer
+
+
 def reload(optimizer: Any) -> None:
     optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
 
@@ -285,9 +293,7 @@ def emptied_storages(make: Make) -> Iterable[Tensor]:
 @program
 def moments_pruned(make: Make) -> Iterable[Tensor]:
     """ReLoRA: most of the moments become zero in place."""
-    model = model_of()
-    optimizer = make(model.parameters(), beta1=0.9, **SETTINGS)
-    train(model, optimizer)
+    model, optimizer = trained(make, beta1=0.9)
     for _, key, x in tensors_of(optimizer):
         if key in ("exp_avg", "exp_avg_sq"):
             x.mul_((torch.arange(x.numel()) % 3 == 0).view_as(x))
@@ -313,9 +319,7 @@ def groups_in_another_order(make: Make) -> Iterable[Tensor]:
 @program
 def state_through_numpy(make: Make) -> Iterable[Tensor]:
     """RLlib: every number of the state comes back as a tensor."""
-    model = model_of()
-    optimizer = make(model.parameters(), **SETTINGS)
-    train(model, optimizer)
+    model, optimizer = trained(make)
     saved = copy.deepcopy(optimizer.state_dict())
     optimizer.load_state_dict({**saved, "state": tree_map(lambda x: torch.from_numpy(np.asarray(x)), saved["state"])})
     train(model, optimizer, start=3)
@@ -325,9 +329,7 @@ def state_through_numpy(make: Make) -> Iterable[Tensor]:
 @program
 def checkpoint_in_bfloat16(make: Make) -> Iterable[Tensor]:
     """speculators: all that is floating-point is saved in bfloat16, to save room."""
-    model = model_of()
-    optimizer = make(model.parameters(), beta1=0.9, **SETTINGS)
-    train(model, optimizer)
+    model, optimizer = trained(make, beta1=0.9)
     for state, key, x in tensors_of(optimizer):
         state[key] = x.bfloat16()
     reload(optimizer)

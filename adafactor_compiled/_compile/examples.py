@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.layout import compute_dtype
-from adafactor_compiled._state.moments import Momentum
+from adafactor_compiled._state.moments import Momentum, is_cautious
 from adafactor_compiled._update import kernels, matrices, pieces, vectors
 from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.numbers import Numbers
@@ -139,8 +139,7 @@ class Make:
                 lists["cols"].append(self.of(*(shape if twice else (*lead, shape[-1]))))
             if exp_avg is not None:
                 lists["exp_avgs"].append(exp_avg)
-        cautious = self.key.momentum is not None and self.key.momentum.cautious
-        return Members(**lists, table=self.table(k), draws=self.draws(k), cautious=cautious)
+        return Members(**lists, table=self.table(k), draws=self.draws(k), cautious=is_cautious(self.key.momentum))
 
 
 MEMBERS: dict[Any, tuple[Typical, str]] = {

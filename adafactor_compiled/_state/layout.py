@@ -9,6 +9,8 @@ from typing import Any, TypeVar
 
 import torch
 
+HALF = (torch.bfloat16, torch.float16)
+
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
@@ -36,7 +38,7 @@ def same_layout(shape: tuple[int, ...], stride: tuple[int, ...], other: tuple[in
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the state and of all arithmetic for a parameter of `dtype`."""
-    return torch.float32 if dtype in (torch.float16, torch.bfloat16) else dtype
+    return torch.float32 if dtype in HALF else dtype
 
 
 def group_by_key(keys: Iterable[Key]) -> dict[Key, list[int]]:

@@ -25,6 +25,10 @@ class Momentum(NamedTuple):
     cautious: bool
 
 
+def is_cautious(momentum: Momentum | None) -> bool:
+    return momentum is not None and momentum.cautious
+
+
 def momentum_of(dtype: torch.dtype, group: Group) -> Momentum | None:
     """That of a parameter of `dtype`."""
     if group["beta1"] is None:
@@ -34,12 +38,17 @@ def momentum_of(dtype: torch.dtype, group: Group) -> Momentum | None:
 
 def factored_dims(shape: Sequence[int], group: Mapping[str, Any]) -> tuple[int, int] | None:
     """Which dimensions are the rows and the columns, in this order; None where the second moment is kept whole."""
-    dims = range(len(shape))
-    if group["factor_dims"] == "largest":  # of equal ones the last
-        dims = sorted(sorted(dims, key=lambda dim: (shape[dim], dim))[-2:])  # type: ignore[assignment]
-    if len(shape) < 2 or min(shape[dim] for dim in dims[-2:]) < group["min_dim_size_to_factor"]:
+    if len(shape) < 2:
         return None
-    return dims[-2], dims[-1]
+    dims = sorted(largest_dims(shape)) if group["factor_dims"] == "largest" else [len(shape) - 2, len(shape) - 1]
+    if min(shape[dim] for dim in dims) < group["min_dim_size_to_factor"]:
+        return None
+    return dims[0], dims[1]
+
+
+def largest_dims(shape: Sequence[int]) -> list[int]:
+    """The second largest dimension and the largest one; of equal ones the last."""
+    return sorted(range(len(shape)), key=lambda dim: (shape[dim], dim))[-2:]
 
 
 def shapes_of(param: Tensor, group: Mapping[str, Any]) -> dict[str, list[int]]:

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.layout import HALF
+
 Group = dict[str, Any]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
@@ -149,9 +151,6 @@ def check_options(group: Mapping[str, Any], where: str = "") -> None:
 def check_manual_lr(lr: object, relative_step: object) -> None:
     if lr is not None and relative_step:
         raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
-
-
-HALF = (torch.bfloat16, torch.float16)
 
 
 NOT_SHARDED = (

@@ -13,6 +13,7 @@ from adafactor_compiled._compile.examples import Pass, example_of
 from adafactor_compiled._compile.passes import pass_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import cached, group_by_key
+from adafactor_compiled._state.moments import is_cautious
 from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
@@ -141,7 +142,7 @@ def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
         k = call.keys[0].k
     draws = tables.draws(call.positions, k, call.routes[0].transposed) if of.rounding else None
     table = tables.of(call.positions, k)
-    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws, _is_cautious(of))
+    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws, is_cautious(of.momentum))
 
 
 def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:
@@ -158,9 +159,5 @@ def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[
         ones=[],
         table=tables.of(positions, k),
         draws=tables.draws(positions, k) if of.rounding else None,
-        cautious=_is_cautious(of),
+        cautious=is_cautious(of.momentum),
     )
-
-
-def _is_cautious(of: ShapeClass) -> bool:
-    return of.momentum is not None and of.momentum.cautious

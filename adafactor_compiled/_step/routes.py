@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from torch import Tensor
 
 from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
+from adafactor_compiled._state.moments import is_cautious
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update import chunks, kernels, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
@@ -73,7 +74,7 @@ def route_of(of: ShapeClass) -> Route | None:
     elif all(same_layout(of.shape, x, transposed) for x in strides):
         route = _matrix((*lead, columns, rows), of.device.type)._replace(transposed=True)
     # How many elements agree in sign is known only after all of them were read: several passes would take one more.
-    return None if route is not None and route.in_parts and of.momentum and of.momentum.cautious else route
+    return None if route is not None and route.in_parts and is_cautious(of.momentum) else route
 
 
 def _vector(of: ShapeClass) -> Route:

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._state.options import HALF
+from adafactor_compiled._state.layout import HALF
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._update.numbers import to_device
 
