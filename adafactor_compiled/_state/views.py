@@ -15,8 +15,7 @@ from adafactor_compiled._state.placements import Origin, origin_of
 
 
 def is_moved(entry: Entry) -> bool:
-    dims, ndim = factored_dims(entry.param.shape, entry.group), entry.param.ndim
-    return dims is not None and dims != (ndim - 2, ndim - 1)
+    return dims_last(entry.param, entry.group) is not entry.param
 
 
 def with_dims_last(entries: list[Entry], positions: Sequence[int]) -> list[Entry]:

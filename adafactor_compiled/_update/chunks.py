@@ -66,7 +66,7 @@ def apply_in_chunks(blocking: Blocking, x: Member, f: Factors, run: Run) -> None
     exp_avg = None if x.exp_avg is None else x.exp_avg.view(slices, rows, columns)
     for part in blocking.chunks_to_apply():
         of_exp_avg = None if exp_avg is None else part.of(exp_avg)
-        draws = None if x.draws is None else draws_from(x.draws, part.first_slice, part.rows.start)
+        draws = draws_from(x.draws, part.first_slice, part.rows.start)
         factors = f.scale[part.slices], f.col_factor[part.slices], f.decay
         sizes = (*part.blocks, columns)
         run(apply, sizes, part.of(p), part.of(g), part.of(row), of_exp_avg, *factors, x.table, draws)
@@ -86,7 +86,7 @@ def step_kernels(x: Member, run: Run) -> Tensor:
     measured: Tensor = sums
     for at, sizes in _parts_of_kernels(tuple(x.p.shape)):
         of_exp_avg = None if exp_avg is None else exp_avg[at]
-        draws = None if x.draws is None else draws_from(x.draws, at.start, 0)
+        draws = draws_from(x.draws, at.start, 0)
         measured = run(apply_kernels, sizes, p[at], g[at], row[at], col[at], of_exp_avg, sums, x.table, draws, numel)
     return measured
 

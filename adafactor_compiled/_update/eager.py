@@ -30,8 +30,8 @@ def step_parameter(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         rms: receives the RMS of the parameter.
         update_rms: receives the RMS of the update before clipping.
     """
-    in_parts = x.p.ndim >= 2 and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > MOST
-    in_parts = in_parts and x.row is not None and not x.cautious
+    in_parts = x.row is not None and not x.cautious
+    in_parts = in_parts and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > MOST
     in_parts = in_parts and all(of.is_contiguous() for of in (x.p, x.g, x.row, x.col))
     (_step_in_parts if in_parts else _step_whole)(x, numbers, rms, update_rms)
 
@@ -62,7 +62,7 @@ def _step_whole(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor) ->
         _move(v, update.add_(numbers.eps), numbers)
         torch.mul(g, v.rsqrt(), out=update)
         factor = _clipped_by_norm(alpha, update, update_rms, numbers)
-    noise = None if x.draws is None else noise_of_member(x.draws, param, x.exp_avg, x.row is not None)
+    noise = noise_of_member(x.draws, param, x.exp_avg, x.row is not None)
     _apply(x, p, update, factor, alpha, numbers, noise)
 
 
@@ -95,9 +95,7 @@ def _step_in_parts(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         update = g * part.of(row_factor).unsqueeze(-1)
         of_col = col_factor[part.slices].unsqueeze(-2).unsqueeze(-2)
         exp_avg = None if exp_avgs is None else part.of(exp_avgs)
-        noise = None
-        if x.draws is not None:
-            noise = noise_of_member(draws_from(x.draws, part.first_slice, part.rows.start), of_param, exp_avg, True)
+        noise = noise_of_member(draws_from(x.draws, part.first_slice, part.rows.start), of_param, exp_avg, True)
         of_part = x._replace(p=of_param, g=g, exp_avg=exp_avg)
         _apply(of_part, of_param.to(rms.dtype), update, of_col, alpha, numbers, noise)
 

@@ -43,7 +43,7 @@ def _step(members: Members) -> Tensor:
     torch._foreach_mul_(update, scale.unbind())  # 7
 
     if members.exp_avgs:  # 8
-        exp_avgs = members.exp_avgs if members.exp_avgs[0].dtype == dtype else [x.to(dtype) for x in members.exp_avgs]
+        exp_avgs = _to(members.exp_avgs, dtype)
         torch._foreach_mul_(exp_avgs, numbers.beta1.unbind())
         torch._foreach_mul_(update, numbers.one_minus_beta1.unbind())
         torch._foreach_add_(exp_avgs, update)
@@ -67,7 +67,7 @@ def _step(members: Members) -> Tensor:
 
 
 def _noise(x: Member) -> Tensor | None:
-    return None if x.draws is None else noise_of_member(x.draws, x.p, x.exp_avg, x.row is not None)
+    return noise_of_member(x.draws, x.p, x.exp_avg, x.row is not None)
 
 
 def _factored_update(members: Members, grads: list[Tensor], numbers: Numbers) -> list[Tensor]:

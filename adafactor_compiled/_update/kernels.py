@@ -99,7 +99,7 @@ def _step(x: Member) -> Tensor:
     rms, update_rms = (root_mean(total(of), numel) for of in (p.square().sum(-1).sum(-1), of_slices))
     scale, decay = (materialize(of.to(x.table.dtype)) for of in scale_and_decay(numbers, rms, update_rms))
     update = g * (row / row_mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2) * scale
-    noise = None if x.draws is None else noise_of_member(x.draws, x.p, x.exp_avg, True)
+    noise = noise_of_member(x.draws, x.p, x.exp_avg, True)
     if x.exp_avg is not None:
         update = with_momentum(x.exp_avg, update, numbers, noise)
     if x.cautious:

@@ -60,7 +60,7 @@ def step_parameter(
     if group["maximize"]:
         update = -update
 
-    noise = None if draws is None else noise_of_member(draws, param, state.get("exp_avg"), factored)
+    noise = noise_of_member(draws, param, state.get("exp_avg"), factored)
     if group["beta1"] is not None:  # 8
         exp_avg = state["exp_avg"]
         update = exp_avg.to(compute_dtype).mul_(group["beta1"]).add_(update, alpha=1.0 - group["beta1"])

@@ -59,8 +59,10 @@ def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> lis
     return draws_of(seeds, positions, origins, [entry.state["step"] for entry in entries], entries[0].param.device)
 
 
-def draws_from(draws: Tensor, first_slice: int, first_row: int) -> Tensor:
-    """The draws of a part that begins at this slice and row."""
+def draws_from(draws: Tensor | None, first_slice: int, first_row: int) -> Tensor | None:
+    """The draws of a part that begins at this slice and row, if there are any."""
+    if draws is None:
+        return None
     draws = draws.clone()
     first = draws[FIRST]
     first[0] += first_slice
@@ -148,8 +150,10 @@ def noise_of_vectors(draws: Tensor, n: int, dtype: torch.dtype) -> Tensor:
     return noise_between(*parts).reshape(-1, n)
 
 
-def noise_of_member(draws: Tensor, p: Tensor, exp_avg: Tensor | None, factored: bool) -> Tensor:
-    """For a whole parameter and its momentum; a second moment that is kept whole makes one row of any shape."""
+def noise_of_member(draws: Tensor | None, p: Tensor, exp_avg: Tensor | None, factored: bool) -> Tensor | None:
+    """For a whole parameter with draws, and its momentum; a second moment that is kept whole makes one row of any shape."""
+    if draws is None:
+        return None
     noise = noise_of(draws, p.shape if factored else (p.numel(),), half_of(p, exp_avg))
     return noise.reshape(p.shape)
 
