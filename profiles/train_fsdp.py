@@ -74,7 +74,10 @@ def main(arguments: Sequence[str] | None = None) -> list[float]:
 
     model_state, optimizer_state = get_state_dict(model, optimizer)
     checkpoint = {"model": model_state, "optimizer": optimizer_state, "steps": torch.tensor(options.steps)}
-    dcp.save(checkpoint, checkpoint_id=options.checkpoint)
+    # A group of its own, whose threads end with it. Those of the group that FSDP uses live as long as the process, and a
+    # thread that lets go of the last tensor sent while Python shuts down aborts the process.
+    savers = dist.new_group() if sharded else None
+    dcp.save(checkpoint, checkpoint_id=options.checkpoint, process_group=savers)
     if rank == 0:
         print(f"steps {start} to {options.steps} on {ranks} processes; saved {options.checkpoint}")
     if sharded:
