@@ -2,30 +2,23 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import UninitializedParameter
 from torch.optim import Optimizer
 
-from adafactor_compiled._sharded.exchange import Exchange
-from adafactor_compiled._sharded.step import exchanges_of
 from adafactor_compiled._state import checkpoint, moments, options, overrides
 from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all, entry_of
 from adafactor_compiled._state.groups import checked_parameters
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step import capture, scaling, scheduler
-from adafactor_compiled._step.compilation import Compilation
-from adafactor_compiled._step.faults import counts_kept_true
-from adafactor_compiled._step.plan import Plan, plan_of
-from adafactor_compiled._step.run import Record, run
+from adafactor_compiled._step.plan import plan_of
+from adafactor_compiled._step.stepper import Stepper
 from adafactor_compiled._update.parts import PARTS
-from adafactor_compiled.step_in_backward import Hooks
+from adafactor_compiled.step_in_backward import STEPS_IN_BACKWARD, Hooks
 from adafactor_compiled.summary import Summary, summary_of
 from adafactor_compiled.telemetry import GroupTelemetry, telemetry_of
 
@@ -47,8 +40,8 @@ class Adafactor(Optimizer):
         m &\leftarrow \beta_1 m + (1 - \beta_1) u \text{ if `beta1` is set; then } u = m \\
         p &\leftarrow p - \text{weight\_decay}\, \alpha\, p - u
 
-    The rows and columns are the last two dimensions, unless options say otherwise; other dimensions are slices with factors of
-    their own. A parameter with fewer than two dimensions keeps its whole second moment.
+    Rows and columns are the last two dimensions, unless options say otherwise; others are slices with factors of their own. A
+    parameter with fewer than two dimensions keeps its whole second moment.
 
     Args:
         params: parameters, named parameters, or groups of either (float32, float64, bfloat16 or float16; frozen ones may have
@@ -64,26 +57,25 @@ class Adafactor(Optimizer):
         relative_step: let the step count choose the learning rate; excludes `lr`.
         warmup_init: start the relative step at 1e-6 a step; needs `relative_step`.
         foreach: False takes the eager per-parameter path, uncompiled; None means True.
-        compile: True compiles the multi-tensor path and raises where no toolchain works; False keeps it eager; None compiles
-            where the toolchain works and warns once where it does not.
+        compile: True compiles the multi-tensor path and raises where that does not work; False keeps it eager; None compiles
+            where it works and warns once where it does not.
         maximize: maximize the objective; gradients are left as they are.
         capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
             a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.
-        stochastic_rounding: round bfloat16 and float16 parameters up or down at random, so that updates too small for their
-            digits count on average; other dtypes are not affected.
+        stochastic_rounding: round bfloat16 and float16 parameters up or down at random: small updates count on average.
         rounding_seed: seed of that rounding; the same seed, step and parameter draw the same everywhere.
-        nonfinite: "skip" leaves a parameter and its state as they are when its gradient has a NaN or inf, decided on the
-            device; it costs a copy of both. "propagate" steps with what is there.
+        nonfinite: "skip" leaves a parameter and its state, copied ahead, as they are when its gradient has a NaN or inf,
+            decided on the device; "propagate" steps with what is there.
         min_dim_size_to_factor: keep the whole second moment of a parameter whose rows or columns are fewer (optax has 128).
         factor_dims: "last" takes the last two dimensions for rows and columns, "largest" the two largest, as optax does: a
             512 x 512 x 3 x 3 kernel then keeps 9,216 numbers and not 1.5 million. Compiled where the other dimensions are 1.
-        beta2_cap: the most that beta2 becomes; None for no cap (0.999 in big_vision, https://arxiv.org/abs/2106.04560).
+        beta2_cap: the most that beta2 becomes; None for no cap (0.999 in https://arxiv.org/abs/2106.04560).
         decay_offset: steps that beta2 does not count, for a run that goes on from another one, as in optax.
         momentum_dtype: the dtype that the momentum is kept in, torch.bfloat16 for half of its memory; None for float32.
             The arithmetic stays float32, and `stochastic_rounding` rounds the momentum too.
         cautious: step only the elements whose momentum agrees with the gradient in sign, as much further as they are fewer
-            (Liang et al., https://arxiv.org/abs/2411.16085). Needs `beta1`; not for DTensors. What a CPU steps in several
-            passes (above 4 million elements, kernels of convolutions) it then steps uncompiled.
+            (Liang et al., https://arxiv.org/abs/2411.16085). Needs `beta1`. What takes several passes steps uncompiled:
+            DTensors, and on a CPU matrices above 4 million elements and kernels of convolutions.
         weight_decay_scale: "lr" scales weight decay by the learning rate in use; "none" takes it as it is, as big_vision.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 
@@ -92,13 +84,12 @@ class Adafactor(Optimizer):
     warning, and `telemetry()` reports the rate of the options.
 
     State, per parameter, from construction: `step` (int), `RMS` (0-dim), `exp_avg_sq_row` of shape `[..., R]` and
-    `exp_avg_sq_col` of shape `[..., C]` for a parameter of shape `[..., R, C]`, else `exp_avg_sq` of the parameter's
-    shape; `exp_avg` of the parameter's shape when `beta1` is set. All float32, for float64 parameters float64;
-    the momentum of `momentum_dtype`.
+    `exp_avg_sq_col` of shape `[..., C]` for a parameter of shape `[..., R, C]`, else `exp_avg_sq` of its shape; `exp_avg` of
+    its shape when `beta1` is set. All float32, for float64 parameters float64; the momentum of `momentum_dtype`.
 
     Raises:
-        ValueError: an option that is not what it must be or is misspelled, a parameter of another dtype, or one that is twice
-            in its group; at construction, in `add_param_group` and in `load_state_dict`.
+        ValueError: an option that is not what it must be or is misspelled, a parameter of another dtype, or twice in its group;
+            at construction, in `add_param_group` and in `load_state_dict`.
         TypeError: an overridden `_get_options`, `_rms` or `_approx_sq_grad`, which steps would not call.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
             `compile=True` without a working toolchain.
@@ -113,16 +104,14 @@ class Adafactor(Optimizer):
         >>> optimizer.zero_grad()
 
     References:
-        Shazeer and Stern, Adafactor: Adaptive Learning Rates with Sublinear Memory Cost, https://arxiv.org/abs/1804.04235;
-        `transformers.optimization.Adafactor`, from which it differs in edge cases that the README lists.
+        Shazeer and Stern, https://arxiv.org/abs/1804.04235; `transformers.optimization.Adafactor`, from which it differs in
+        edge cases that the README lists.
     """
 
     _in_backward: Hooks | None = None
-    _exchanges: Sequence[Exchange] = ()
-    # By name, to be called and, the first, overridden; and as they are here, to see whether they are.
+    # By name, to be called and, the first, overridden.
     _get_lr, _get_options, _rms, _approx_sq_grad = map(staticmethod, PARTS.values())
     _parts = PARTS
-    _captured = False  # whether a CUDA graph has a step of the present state
 
     def __init__(
         self,
@@ -160,7 +149,7 @@ class Adafactor(Optimizer):
         self.show_progress = show_progress
         for name, own in self._parts.items():
             overrides.check(name, getattr(self, name), own)
-        self._forget_plans()
+        self._stepper = Stepper()
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -170,13 +159,7 @@ class Adafactor(Optimizer):
         super().__setstate__(state)
         for group in self.param_groups:
             capture.lr_to_tensor(group)
-        self._forget_plans()
-
-    def _forget_plans(self) -> None:
-        # Of the whole step under None, and of each parameter that is stepped alone.
-        self._plans: dict[Tensor | None, Plan] = {}
-        self._records: dict[Tensor | None, Record] = {}
-        self._compilation = Compilation()
+        self._stepper = Stepper(getattr(self, "_stepper", None))
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in self._parts:
@@ -201,9 +184,7 @@ class Adafactor(Optimizer):
         group = self.param_groups[-1]
         with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
             capture.lr_to_tensor(group)
-            for param in group["params"]:
-                if param.requires_grad and not isinstance(param, UninitializedParameter):
-                    moments.complete(self.state[param], param, group)
+            moments.complete_all(self.state, group)
         if self._in_backward is not None:
             self._in_backward.attach(self, len(self.param_groups) - 1)
 
@@ -222,15 +203,13 @@ class Adafactor(Optimizer):
                 disagree on their DTensor parameters or gradients, or `compile=True` without a working toolchain.
         """
         if self._in_backward is not None:
-            raise RuntimeError(
-                "`step()` has nothing to do since StepInBackward steps each parameter in `backward()`; drop the call, or go "
-                "back to ordinary steps with `remove()`"
-            )
+            raise RuntimeError(STEPS_IN_BACKWARD)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        self._step(entries_of(self.param_groups, self.state))
+        entries = self._overridden(entries_of(self.param_groups, self.state))
+        self._stepper.step(self, entries, self.show_progress)
         return loss
 
     @torch.no_grad()
@@ -248,35 +227,11 @@ class Adafactor(Optimizer):
         if isinstance(param, DTensor):
             raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
         if param.grad is not None:
-            self._step([entry_of(param, group, i, self.param_groups, self.state)], param)
+            entry = entry_of(param, group, i, self.param_groups, self.state)
+            self._stepper.step(self, self._overridden([entry]), self.show_progress, param)
             self._opt_called = True  # or torch's schedulers warn that nothing was stepped
 
-    @property
-    def supports_fused_back_pass(self) -> bool:
-        """True: tools may drive `step_parameter` from hooks of their own."""
-        return True
-
-    def _step(self, entries: list[Entry], alone: Tensor | None = None) -> None:
-        """Step all entries that have a gradient, or one of them `alone`."""
-        entries = self._overridden(entries)
-        if capture.is_captured(self.param_groups):
-            self._captured = True
-        of_scaler = scaling.Scaling.of(self)
-        if of_scaler is not None:
-            entries = of_scaler.unscaled(entries)
-        if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
-            run(plan_of(entries, None), entries, exchanges_of(self.param_groups, ()), True)
-            return
-        last = self._plans.get(alone)
-        plan = self._plans[alone] = plan_of(entries, last)
-        if plan is not last and alone is None:
-            moments.forget_replaced(self.state, self.param_groups)
-        compiles = self._compilation.compiles(plan, self.param_groups, self.show_progress)
-        if alone is None:
-            self._exchanges = exchanges_of(self.param_groups, self._exchanges)
-        exchanges = self._exchanges if alone is None else ()
-        with nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries), counts_kept_true(entries):
-            self._records[alone] = run(plan, entries, exchanges, compiles)
+    supports_fused_back_pass = True  # tools may drive `step_parameter` from hooks of their own
 
     def _overridden(self, entries: list[Entry]) -> list[Entry]:
         get_lr = self._get_lr
@@ -296,26 +251,22 @@ class Adafactor(Optimizer):
             RuntimeError: `compile=True` without a working toolchain.
         """
         plan = plan_of(self._overridden(entries_of_all(self.param_groups, self.state)), None)
-        self._compilation.compiles(plan, self.param_groups, self.show_progress)
+        self._stepper.compilation.compiles(plan, self.param_groups, self.show_progress)
 
     def telemetry(self) -> list[GroupTelemetry]:
         """What the last step did, group by group: see `GroupTelemetry`. Costs one small transfer and compiles nothing.
 
         `adafactor_compiled.telemetry.flat` makes it a flat dict for a logger. Steps inside an outer torch.compile are not seen.
         """
-        return telemetry_of(self.param_groups, self._records.values())
+        return telemetry_of(self.param_groups, self._stepper.records.values())
 
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
-        return summary_of(plan_of(entries, None), entries, not self._compilation.failed)
+        return summary_of(plan_of(entries, None), entries, not self._stepper.compilation.failed)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Drop the gradients, or set them to zero.
-
-        Args:
-            set_to_none: drop them, which saves their memory.
-        """
+        """Drop the gradients, which saves their memory, or set them to zero."""
         # Optimizer.zero_grad breaks the graph of a compiled training loop; this loop does not.
         if self._in_backward is not None:
             self._in_backward.check(self)
@@ -345,6 +296,4 @@ class Adafactor(Optimizer):
         """
         with checkpoint.loading(self):
             super().load_state_dict(state_dict)
-        if self._captured:
-            self._captured = False
-            warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=2)
+        self._stepper.loaded()

@@ -14,6 +14,11 @@ from torch.utils.hooks import RemovableHandle
 if TYPE_CHECKING:
     from adafactor_compiled.adafactor import Adafactor
 
+STEPS_IN_BACKWARD = (
+    "`step()` has nothing to do since StepInBackward steps each parameter in `backward()`; drop the call, or go back to "
+    "ordinary steps with `remove()`"
+)
+
 
 class UsedUpGradient(Tensor):
     """What `param.grad` is after the step: it has a shape and no memory, and says so where someone wants to use it.
@@ -124,13 +129,13 @@ class StepInBackward:
         for index in range(len(optimizer.param_groups)):
             self._hooks.attach(optimizer, index)
         optimizer._in_backward = self._hooks
-        optimizer._records.clear()
+        optimizer._stepper.records.clear()
 
     def remove(self) -> None:
         """Go back to ordinary steps."""
         self._hooks.remove()
         self.optimizer._in_backward = None
-        self.optimizer._records.clear()
+        self.optimizer._stepper.records.clear()
         for group in self.optimizer.param_groups:
             for param in group["params"]:
                 if isinstance(param.grad, UsedUpGradient):

@@ -98,7 +98,7 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
 def members_of(optimizer: Any, params: list[torch.Tensor]) -> dict[Pass, list[torch.Tensor]]:
     """The parameters that a step steps by each pass."""
     members: dict[Pass, list[torch.Tensor]] = collections.defaultdict(list)
-    for call in optimizer._plans[None].calls:
+    for call in optimizer._stepper._plans[None].calls:
         for key in call.keys:
             members[key] += [params[i] for i in call.positions]
     return members

@@ -1,6 +1,7 @@
 """What the ranks of a mesh add up in a step, for all their parameters: one flat buffer and one all_reduce.
 
-A second, small all_reduce follows where a parameter has both its rows and its columns (or its slices and either) split.
+A second, small all_reduce follows where a parameter has both its rows and its columns (or its slices and either) split, and
+another one, of a number each, for the parameters whose updates are cautious.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.moments import factored_dims
-from adafactor_compiled._state.options import Group, wants_rounding
+from adafactor_compiled._state.options import Group, wants_caution, wants_rounding
 from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
 from adafactor_compiled._state.views import moved
 from adafactor_compiled._update.numbers import to_device
@@ -36,6 +37,7 @@ class Slot(NamedTuple):
     owns_rows: bool  # of the ranks that hold the same rows only the first adds what it knows of them
     first: dict[str, Tensor]
     second: dict[str, Tensor]
+    third: dict[str, Tensor]
 
     def add(self, **terms: Tensor) -> None:
         if self.counts:
@@ -48,10 +50,11 @@ class Kind(NamedTuple):
 
     dims: tuple[int, int] | None  # see `factored_dims`
     rounds: bool  # stochastically
+    cautious: bool
 
     @classmethod
     def of(cls, param: DTensor, group: Group) -> Kind:
-        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group))
+        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), wants_caution(group))
 
     def seen(self, param: DTensor) -> DTensor:
         """With its rows and columns last."""
@@ -85,8 +88,9 @@ class Exchange:
         terms = [_terms(split_of(x, kind.dims is not None), tuple(x.shape)) for x, kind in zip(seen, kinds, strict=True)]
         self.first, first = _buffer(len(params), [x for x, _ in terms], dtype, device)
         self.second, second = _buffer(0, [x for _, x in terms], dtype, device)
+        self.third, third = _buffer(0, [{"agreeing": ()} if kind.cautious else {} for kind in kinds], dtype, device)
         self.slots = {
-            position: _slot(i, x, kind, summed, first[i], second[i])
+            position: _slot(i, x, kind, summed, (first[i], second[i], third[i]))
             for i, ((position, _), x, kind) in enumerate(zip(params, seen, kinds, strict=True))
         }
         # A read would make every step wait for the device: there the copy is looked at before the next step.
@@ -102,6 +106,7 @@ class Exchange:
             self._check(present, expected, "an update of the last step is wrong")
         self.first.zero_()
         self.second.zero_()
+        self.third.zero_()
 
     def sum_first(self, positions: Sequence[int]) -> None:
         """Add up the first buffer.
@@ -128,8 +133,14 @@ class Exchange:
         copied.record()
 
     def sum_second(self) -> None:
-        if self.second.numel():
-            dist.all_reduce(self.second, group=self.group)
+        self._sum(self.second)
+
+    def sum_third(self) -> None:
+        self._sum(self.third)
+
+    def _sum(self, buffer: Tensor) -> None:
+        if buffer.numel() and self.group is not None:
+            dist.all_reduce(buffer, group=self.group)
 
     def _check(self, present: Tensor, expected: Tensor, outcome: str) -> None:
         if torch.equal(present, expected):
@@ -165,9 +176,7 @@ def _buffer(
     return flat, [{name: next(views).view(shape) for name, shape in of_param.items()} for of_param in terms]
 
 
-def _slot(
-    index: int, param: DTensor, kind: Kind, summed: list[int], first: dict[str, Tensor], second: dict[str, Tensor]
-) -> Slot:
+def _slot(index: int, param: DTensor, kind: Kind, summed: list[int], terms: tuple[dict[str, Tensor], ...]) -> Slot:
     factored = kind.dims is not None
     split, split_by, coordinate = split_of(param, factored), split_dims(param), param.device_mesh.get_coordinate() or ()
     of_rows = [dim for dim, tensor_dim in split_by.items() if tensor_dim != param.ndim - 1]
@@ -178,8 +187,9 @@ def _slot(
         origin=origin_of(param, factored) if kind.rounds else None,
         counts=all(coordinate[dim] == 0 for dim in summed if dim not in split_by),
         owns_rows=all(coordinate[dim] == 0 for dim in summed if dim not in of_rows),
-        first=first,
-        second=second,
+        first=terms[0],
+        second=terms[1],
+        third=terms[2],
     )
 
 

@@ -120,31 +120,42 @@ class Piece:
     def _of_part(self, part: Part) -> Shape:
         return (*part.blocks, self.blocking.columns)
 
-    def apply(self, f: Factors) -> None:
-        """The second reads, and the write of the parameter and the momentum."""
+    def agreement(self, f: Factors) -> Tensor:
+        """How many elements of a cautious step agree in sign; of a piece that is not compiled."""
         x, sizes = self.x, _sizes(self.blocking)
+        row, exp_avg = x.row.reshape(sizes[:-1]), x.exp_avg.reshape(sizes)
+        scale, col_factor, _ = self._factors(f)
+        return matrices.agreement(x.g.reshape(sizes), row, exp_avg, scale, col_factor, x.table)
+
+    def _factors(self, f: Factors) -> tuple[Tensor, ...]:
+        """Those of a piece that is stepped in one go."""
+        lead = _sizes(self.blocking)[:-3]
+        return f.scale.reshape(lead), f.col_factor.reshape(*lead, self.blocking.columns), f.decay
+
+    def apply(self, f: Factors, share: Tensor | None) -> None:
+        """The second reads, and the write of the parameter and the momentum; `share` see matrices.py."""
+        x = self.x
         if not self.blocking.whole:
             slices = self.blocking.slices
             f = f._replace(scale=f.scale.reshape(slices), col_factor=f.col_factor.reshape(slices, -1))
             apply_in_chunks(self.blocking, x, f, self.run)
             return
-        lead = sizes[:-3]
-        factors = f.scale.reshape(lead), f.col_factor.reshape(*lead, self.blocking.columns), f.decay
+        factors = self._factors(f)
         if not (x.p.is_contiguous() and (x.exp_avg is None or x.exp_avg.is_contiguous())):
             p = x.p.contiguous()
             exp_avg = None if x.exp_avg is None else x.exp_avg.contiguous()
-            self._apply(p, exp_avg, factors)
+            self._apply(p, exp_avg, factors, share)
             x.p.copy_(p)
             if exp_avg is not None:
                 x.exp_avg.copy_(exp_avg)
         else:
-            self._apply(x.p, x.exp_avg, factors)
+            self._apply(x.p, x.exp_avg, factors, share)
 
-    def _apply(self, p: Tensor, exp_avg: Tensor | None, factors: tuple[Tensor, ...]) -> None:
+    def _apply(self, p: Tensor, exp_avg: Tensor | None, factors: tuple[Tensor, ...], share: Tensor | None) -> None:
         x, sizes = self.x, _sizes(self.blocking)
         exp_avg = None if exp_avg is None else exp_avg.view(sizes)
         row, g = x.row.reshape(sizes[:-1]), x.g.reshape(sizes)
-        self.run(matrices.apply, sizes, p.view(sizes), g, row, exp_avg, *factors, x.table, x.draws)
+        self.run(matrices.apply, sizes, p.view(sizes), g, row, exp_avg, *factors, x.table, x.draws, share)
 
 
 def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:

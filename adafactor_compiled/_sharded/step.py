@@ -22,7 +22,7 @@ from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import factored_dims, momentum_of
-from adafactor_compiled._state.options import NOT_SHARDED, Group, wants_rounding
+from adafactor_compiled._state.options import Group, wants_caution, wants_rounding
 from adafactor_compiled._state.placements import Split, local, split_of
 from adafactor_compiled._state.views import origin_in
 from adafactor_compiled._update import vectors
@@ -71,10 +71,8 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
         Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group asks.
 
     Raises:
-        RuntimeError: before anything has changed, where another rank has other gradients, or of a cautious update.
+        RuntimeError: before anything has changed, where another rank has other gradients.
     """
-    if any(job.entry.group["cautious"] for job in jobs):
-        raise RuntimeError(NOT_SHARDED)
     slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
     for exchange in exchanges:
         exchange.clear()
@@ -89,6 +87,10 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
         piece.second()
     for exchange in exchanges:
         exchange.sum_second()
+    for piece in pieces:
+        piece.third()
+    for exchange in exchanges:
+        exchange.sum_third()
     for piece in pieces:
         piece.finish()
     asking = [job.entry.position for job in jobs if job.entry.group["nonfinite"] == "skip"]
@@ -131,7 +133,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
     """What stepping DTensor parameters runs compiled on this rank."""
     keys: dict[Pass, None] = {}
     for entry in entries:
-        if path_of(entry.group) != "compiled":
+        if not compiles(entry):
             continue
         p, g = local(entry.param), local(entry.grad)
         split = split_of(cast(DTensor, entry.param), factored_dims(entry.param.shape, entry.group) is not None)
@@ -141,6 +143,11 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
         elif split is not Split.VECTOR and can_compile(p, g):
             keys |= {_pass_for(entry, *of): None for of in passes_of(tuple(p.shape), split)}
     return list(keys)
+
+
+def compiles(entry: Entry) -> bool:
+    """Whether the passes over a piece are to be compiled; what counts the signs that agree is not."""
+    return path_of(entry.group) == "compiled" and not wants_caution(entry.group)
 
 
 def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:
@@ -168,12 +175,23 @@ class _Piece:
     def second(self) -> None:
         """Put into the second buffer what needs the first."""
 
+    def third(self) -> None:
+        """Put into the third buffer how many elements agree in sign, where the step is cautious."""
+
     def finish(self) -> None:
         """Write the parameter and the state."""
 
     def summed(self, name: str) -> Tensor:
         """A sum over the ranks, after the first all_reduce."""
         return self.slot.first[name].to(self.table.dtype)
+
+    def agree(self, agreeing: Callable[[], Tensor]) -> None:
+        if self.slot.third and self.slot.counts:
+            self.slot.third["agreeing"].copy_(agreeing())
+
+    def share(self) -> Tensor | None:
+        """Of the elements of the whole parameter that agree in sign, after the third all_reduce."""
+        return self.slot.third["agreeing"].to(self.table.dtype) / self.numel if self.slot.third else None
 
     def measured(self, measured: Tensor) -> None:
         """Put the RMS of parameter and update, shape [2], where they are kept."""
@@ -192,11 +210,14 @@ class _Matrix(_Piece):
         self.x = Member(local(job.entry.param), self.grad, row, col, None, exp_avg, None, job.table, job.draws)
         self.piece = Piece(self.x, _runner(job, job.compiles), job.compiles)
 
+    def third(self) -> None:
+        self.f, self.rms = self.factors()
+        self.agree(lambda: self.piece.agreement(self.f))
+
     def finish(self) -> None:
-        f, measured = self.factors()
-        self.piece.apply(f)
+        self.piece.apply(self.f, self.share())
         self.row.copy_(self.x.row)
-        self.measured(measured)
+        self.measured(self.rms)
 
     def factors(self) -> tuple[Factors, Tensor]:
         """What turns the gradient into a step, and both RMS; brings the averages of this piece up to date, rows in `x.row`."""
@@ -279,17 +300,22 @@ class _Vector(_Piece):
         compiles = job.compiles and _can_compile_vector(p, g)
         self.run, self.shape = _runner(job, compiles), vector_shape(p.numel()) if compiles else tuple(p.shape)
         exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
-        views = [None if x is None else x.view(self.shape) for x in (p, g, local(state["exp_avg_sq"]), exp_avg)]
+        views: list[Any] = [None if x is None else x.view(self.shape) for x in (p, g, local(state["exp_avg_sq"]), exp_avg)]
         self.p, self.g, self.exp_avg_sq, self.exp_avg = views
 
     def first(self) -> None:
         sums = self.run(vectors.vector_sums, self.shape, self.p, self.g, self.exp_avg_sq, self.table)
         self.slot.add(**sums._asdict())
 
+    def third(self) -> None:
+        self.sums = self.summed("param_sq"), self.summed("update_sq")
+        rest = *self.sums, self.table, self.numel
+        self.agree(lambda: vectors.vector_agreement(self.g, self.exp_avg_sq, self.exp_avg, *rest))
+
     def finish(self) -> None:
-        sums = self.summed("param_sq"), self.summed("update_sq")
         pieces = self.p, self.g, self.exp_avg_sq, self.exp_avg
-        self.measured(self.run(vectors.apply_vector, self.shape, *pieces, *sums, self.table, self.job.draws, self.numel))
+        rest = self.table, self.job.draws, self.numel, self.share()
+        self.measured(self.run(vectors.apply_vector, self.shape, *pieces, *self.sums, *rest))
 
 
 def _can_compile_vector(p: Tensor, g: Tensor) -> bool:

@@ -19,7 +19,6 @@ from adafactor_compiled._state.moments import State, complete, factored_dims, sh
 from adafactor_compiled._state.options import (
     EXECUTION,
     LAYOUT,
-    NOT_SHARDED,
     OPTIONS,
     Group,
     check_options,
@@ -104,8 +103,6 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
     params = [param for group in groups for param in group["params"]]
     of_params = [(saved, group) for saved, group in zip(saved_groups, filled, strict=True) for _ in saved["params"]]
     for position, (index, param, (saved, group)) in enumerate(zip(indices, params, of_params, strict=True)):
-        if group["cautious"] and isinstance(param, DTensor):
-            raise ValueError(f"{NOT_SHARDED}; nothing was loaded")
         if wants_rounding(param.dtype, group) and not isinstance(param, UninitializedParameter):
             origin_in(param, group, position)
         if state_dict["state"].get(index):

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from torch.nn import UninitializedParameter
 
 from adafactor_compiled._state import names, options, placements, views
@@ -43,8 +42,6 @@ def checked_parameters(group: Group, defaults: Group, groups: Sequence[Group]) -
         if tensor.requires_grad:  # what is frozen may be packed or complex
             options.check_parameter(tensor, index)
         placements.check_placements(tensor, index)
-        if merged["cautious"] and isinstance(tensor, DTensor):
-            raise ValueError(options.NOT_SHARDED)
         if options.wants_rounding(tensor.dtype, merged):
             views.origin_in(tensor, merged, index)
     return params

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import UninitializedParameter
 
 from adafactor_compiled._state import placements
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, same_layout
@@ -107,6 +108,13 @@ def complete(state: State, param: Tensor, group: Group) -> None:
         for value in state.values():
             if isinstance(value, Tensor):  # users keep other things there
                 torch._dynamo.mark_static_address(value)
+
+
+def complete_all(states: dict[Any, State], group: Group) -> None:
+    """The same for the parameters of a group that are to be stepped and have a shape."""
+    for param in group["params"]:
+        if param.requires_grad and not isinstance(param, UninitializedParameter):
+            complete(states[param], param, group)
 
 
 def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:

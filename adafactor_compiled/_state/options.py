@@ -153,15 +153,14 @@ def check_manual_lr(lr: object, relative_step: object) -> None:
         raise ValueError("Cannot combine manual `lr` and `relative_step=True` options")
 
 
-NOT_SHARDED = (
-    "`cautious` should be False for sharded parameters, whose ranks would have to count the signs that agree, but is: True"
-)
-
-
 def wants_rounding(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
     """Whether a parameter of `dtype`, or its momentum, is rounded stochastically."""
     in_half = dtype in HALF or (group["beta1"] is not None and group["momentum_dtype"] in HALF)
     return group["stochastic_rounding"] and in_half
+
+
+def wants_caution(group: Mapping[str, Any]) -> bool:
+    return group["cautious"] and group["beta1"] is not None
 
 
 def check_parameter(param: Tensor, index: int, error: type[Exception] = ValueError) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
-from adafactor_compiled._state.entries import Entry, count_step, path_of
+from adafactor_compiled._state.entries import Entry, count_step
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
@@ -124,7 +124,6 @@ def _run_sharded(
 ) -> dict[int, Tensor]:
     """Whether gradients are finite over all ranks, see `_sharded/step.py`."""
     jobs = [
-        sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and path_of(entries[i].group) == "compiled")
-        for i in plan.sharded
+        sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and sharded.compiles(entries[i])) for i in plan.sharded
     ]
     return sharded.step(exchanges, jobs)

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._update.members import Member, Members
-from adafactor_compiled._update.momentum import cautious, with_momentum
+from adafactor_compiled._update.momentum import agreeing, cautious, momentum, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import Along, along, half_of, noise_between, write
 
@@ -168,29 +168,45 @@ def apply(
     decay: Tensor,
     table: Tensor,
     draws: Tensor | None,
+    share: Tensor | None = None,
 ) -> None:
-    """Second reads of p and g, and the only write of p; the factors as those of `Factors`."""
-    x = Member(p, g, row, None, None, exp_avg, None, table, draws)
-    _apply(x, materialize(row.rsqrt()), Factors(scale, col_factor, decay))
+    """Second reads of p and g, and the only write of p; the factors as those of `Factors`.
+
+    With the `share` of the elements that agree in sign, 0-dim, a step is cautious.
+    """
+    x = Member(p, g, row, None, None, exp_avg, None, table, draws, share is not None)
+    _apply(x, materialize(row.rsqrt()), Factors(scale, col_factor, decay), share)
 
 
-def _apply(x: Member, root: Tensor, f: Factors) -> None:
-    """With `root`, 1 / sqrt of the rows."""
+def _apply(x: Member, root: Tensor, f: Factors, share: Tensor | None = None) -> None:
+    """With `root`, 1 / sqrt of the rows; the share of all elements is that of these where none is given."""
     p, g, table, numbers = x.p, x.g, x.table, Numbers.of(x.table)
-    scale = f.scale.reshape(f.scale.shape + (1,) * (root.ndim - f.scale.ndim))
-    col_factor = f.col_factor.reshape(f.col_factor.shape[:-1] + (1,) * (g.ndim - f.col_factor.ndim) + g.shape[-1:])
-    row_factor = root * scale
+    row_factor, col_factor = _factors_of(g, root, f.scale, f.col_factor)
     noise = None
     if x.draws is not None:
         row_factor = materialize(row_factor)  # in the loop, beside the noise, it costs a sixth of a step of bfloat16
         noise = _noise(x.draws, root, p.shape[-1], half_of(p, x.exp_avg))
-    update = g.to(table.dtype) * row_factor.unsqueeze(-1) * col_factor
+    update = g.to(table.dtype) * row_factor * col_factor
     if x.exp_avg is not None:
         update = with_momentum(x.exp_avg, update, numbers, noise)
     if x.cautious:
-        update = cautious(update, g, numbers, lambda agree: total(agree) / agree.numel())
+        update = cautious(update, g, numbers, lambda agree: total(agree) / agree.numel() if share is None else share)
     wide_p = p.to(table.dtype)
     write(p, wide_p - (wide_p * f.decay + update), noise)
+
+
+def _factors_of(g: Tensor, root: Tensor, scale: Tensor, col_factor: Tensor) -> tuple[Tensor, Tensor]:
+    """What a gradient is multiplied by, in its shape but for sizes of 1."""
+    row_factor = root * scale.reshape(scale.shape + (1,) * (root.ndim - scale.ndim))
+    lead = col_factor.shape[:-1] + (1,) * (g.ndim - col_factor.ndim)
+    return row_factor.unsqueeze(-1), col_factor.reshape(lead + g.shape[-1:])
+
+
+def agreement(g: Tensor, row: Tensor, exp_avg: Tensor, scale: Tensor, col_factor: Tensor, table: Tensor) -> Tensor:
+    """How many elements of a step by `apply` agree in sign with their gradient, 0-dim; nothing is written."""
+    numbers = Numbers.of(table)
+    row_factor, col_factor = _factors_of(g, row.rsqrt(), scale, col_factor)
+    return total(agreeing(momentum(exp_avg, g.to(table.dtype) * row_factor * col_factor, numbers), g, numbers))
 
 
 def _noise(draws: Tensor, row: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

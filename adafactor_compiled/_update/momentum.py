@@ -14,9 +14,15 @@ LEAST_SHARE = 1e-3  # of elements that agree, by which an update is divided
 
 def with_momentum(exp_avg: Tensor, update: Tensor, numbers: Numbers, noise: Tensor | None) -> Tensor:
     """Bring a momentum up to date; gives it as it was before it was rounded to its dtype."""
-    update = exp_avg.to(update.dtype) * numbers.beta1 + update * numbers.one_minus_beta1
+    update = momentum(exp_avg, update, numbers)
     write(exp_avg, update, noise)
     return update
+
+
+def momentum(exp_avg: Tensor, update: Tensor, numbers: Numbers) -> Tensor:
+    """The new momentum; the old one is left as it is."""
+    new: Tensor = exp_avg.to(update.dtype) * numbers.beta1 + update * numbers.one_minus_beta1
+    return new
 
 
 def cautious(update: Tensor, g: Tensor, numbers: Numbers, mean: Callable[[Tensor], Tensor]) -> Tensor:
@@ -30,6 +36,12 @@ def cautious(update: Tensor, g: Tensor, numbers: Numbers, mean: Callable[[Tensor
         numbers: the numbers, of which the sign counts.
         mean: of all elements.
     """
-    agree = (update.sign() * g.sign() * numbers.sign > 0).to(update.dtype)
+    agree = agreeing(update, g, numbers)
     masked: Tensor = update * (agree / mean(agree).clamp(min=LEAST_SHARE))
     return masked
+
+
+def agreeing(update: Tensor, g: Tensor, numbers: Numbers) -> Tensor:
+    """1 for the elements of an update that agree in sign with their gradient, 0 for the others."""
+    agree: Tensor = update.sign() * g.sign() * numbers.sign > 0
+    return agree.to(update.dtype)

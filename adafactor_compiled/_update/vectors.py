@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adafactor_compiled._update.matrices import materialize, sum_twice, total
 from adafactor_compiled._update.members import Member, Members
-from adafactor_compiled._update.momentum import cautious, with_momentum
+from adafactor_compiled._update.momentum import agreeing, cautious, momentum, with_momentum
 from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import half_of, noise_of, write
 
@@ -53,17 +53,33 @@ def apply_vector(
     table: Tensor,
     draws: Tensor | None,
     numel: int,
+    share: Tensor | None = None,
 ) -> Tensor:
-    """All writes of a step of a vector, or of a piece of one of `numel` elements, from its sums; gives both RMS, shape [2]."""
-    x = Member(p, g, None, None, second_moment, exp_avg, None, table, draws)
-    return _apply(x, second_moment, None, VectorSums(param_sq, update_sq), numel)
+    """All writes of a step of a vector, or of a piece of one of `numel` elements, from its sums; gives both RMS, shape [2].
+
+    With the `share` of the elements that agree in sign, 0-dim, a step is cautious.
+    """
+    x = Member(p, g, None, None, second_moment, exp_avg, None, table, draws, share is not None)
+    return _apply(x, second_moment, None, VectorSums(param_sq, update_sq), numel, share)
+
+
+def vector_agreement(
+    g: Tensor, second_moment: Tensor, exp_avg: Tensor, param_sq: Tensor, update_sq: Tensor, table: Tensor, numel: int
+) -> Tensor:
+    """How many elements of a step by `apply_vector` agree in sign with their gradient, 0-dim; nothing is written."""
+    numbers, (wide, sums) = Numbers.of(table), _wide(g, table)
+    scale, _ = scale_and_decay(numbers, root_mean(param_sq, numel), root_mean(update_sq, numel))
+    update = g.to(wide) * (_moved(g.to(wide), second_moment, table).rsqrt() * scale.to(wide))
+    return sums(agreeing(momentum(exp_avg, update, numbers), g, numbers))
 
 
 def _step(x: Member, second_moment: Tensor, twin: Tensor | None) -> Tensor:
     return _apply(x, second_moment, twin, vector_sums(x.p, x.g, second_moment, x.table), x.p.numel())
 
 
-def _apply(x: Member, second_moment: Tensor, twin: Tensor | None, of_whole: VectorSums, numel: int) -> Tensor:
+def _apply(
+    x: Member, second_moment: Tensor, twin: Tensor | None, of_whole: VectorSums, numel: int, share: Tensor | None = None
+) -> Tensor:
     p, table, numbers, (wide, sums) = x.p, x.table, Numbers.of(x.table), _wide(x.p, x.table)
     wide_p, wide_g = p.to(wide), x.g.to(wide)
     new = _moved(wide_g, second_moment, table)
@@ -75,7 +91,7 @@ def _apply(x: Member, second_moment: Tensor, twin: Tensor | None, of_whole: Vect
     if x.exp_avg is not None:
         update = with_momentum(x.exp_avg, update, numbers, noise)
     if x.cautious:
-        update = cautious(update, x.g, numbers, lambda agree: sums(agree) / numel)
+        update = cautious(update, x.g, numbers, lambda agree: sums(agree) / numel if share is None else share)
     write(p, (wide_p - (wide_p * decay + update)).to(table.dtype), noise)
     second_moment.copy_(new)
     if twin is not None:

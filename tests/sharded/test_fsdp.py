@@ -109,7 +109,7 @@ def check_one_all_reduce() -> None:
         with CommDebugMode() as sent:
             optimizer.step()
         assert dict(sent.get_comm_counts()) == {torch.ops.c10d.allreduce_: 1}
-    (exchange,) = optimizer._exchanges
+    (exchange,) = optimizer._stepper._exchanges
     matrices = [p for p in params if p.ndim >= 2]
     sums = sum(p.shape[:-2].numel() * 2 * p.shape[-1] + p.shape[:-2].numel() + 2 if p.ndim == 2 else 3 for p in matrices)
     vectors = 3 * (len(params) - 1 - len(matrices))

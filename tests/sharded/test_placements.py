@@ -80,13 +80,6 @@ def check_variations() -> None:
         assert any("exp_avg_sq" in optimizer.state[p] for p in params if p.ndim > 1) == ("min_dim_size_to_factor" in options)
         dims = [p.ndim - 1 - i for p in params if p.ndim > 2 for i in sorted(range(p.ndim), key=lambda i: p.shape[i])[-2:]]
         assert max(dims) > 1  # some are factored over others than their last two
-    with pytest.raises(ValueError, match="`cautious` should be False for sharded parameters"):
-        Adafactor(params, lr=1e-2, relative_step=False, beta1=0.9, cautious=True)
-    optimizer = Adafactor(params, lr=1e-2, relative_step=False, beta1=0.9)
-    saved = optimizer.state_dict()
-    saved["param_groups"][0]["cautious"] = True
-    with pytest.raises(ValueError, match="`cautious` should be False for sharded parameters"):
-        optimizer.load_state_dict(saved)
     # What keeps its whole second moment is one row, and draws as unsharded where the pieces follow one another in it.
     rounded = {"lr": 1e-2, "relative_step": False, "min_dim_size_to_factor": 9, "stochastic_rounding": True}
     halves = [nn.Parameter(p.detach().bfloat16()) for p in placed_parameters([R, Shard(0)], [(7, 5), (3, 2, 3)], ("a", "b"))]
@@ -95,6 +88,29 @@ def check_variations() -> None:
 
 def test_variations(ranks):
     ranks(4).run(check_variations)
+
+
+def check_cautious(mode: dict[str, Any]) -> None:
+    """The signs that agree are counted over all ranks, in a round of their own."""
+    cautious = {"lr": 1e-2, "relative_step": False, "beta1": 0.9, "weight_decay": 0.1, "cautious": True}
+    for placements, shapes, all_reduces in PLACEMENTS.values():
+        params = placed_parameters(placements, shapes, ("a", "b"))
+        optimizer = train_beside_unsharded(params, cautious, mode)
+        for p in params:
+            p.grad = torch.ones_like(p)
+        with CommDebugMode() as sent:
+            optimizer.step()
+        assert sent.get_total_counts() == all_reduces + (all_reduces > 0)
+    halves = [nn.Parameter(p.detach().bfloat16()) for p in placed_parameters([R, Shard(0)], [(7, 5), (9,)], ("a", "b"))]
+    rounded = {**cautious, "maximize": True, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}
+    train_beside_unsharded(halves, rounded, mode)
+    optimizer.param_groups[0]["cautious"] = False  # a schedule may switch it
+    optimizer.step()
+
+
+@pytest.mark.parametrize("mode", [EAGER, {"compile": None}], ids=str)
+def test_cautious(ranks, mode):
+    ranks(4).run(check_cautious, mode)
 
 
 def check_mixture() -> None:

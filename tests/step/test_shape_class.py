@@ -88,7 +88,7 @@ def step(params: list[torch.Tensor], optimizer: Adafactor) -> Any:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    return optimizer._plans[None]
+    return optimizer._stepper._plans[None]
 
 
 def test_members_of_different_groups_share_a_class() -> None:
@@ -123,15 +123,15 @@ def test_plan_is_redone_when_the_parameters_change() -> None:
     plan = step(params, optimizer)
     params[3].grad = None
     optimizer.step()
-    assert optimizer._plans[None] is not plan
+    assert optimizer._stepper._plans[None] is not plan
     plan = step(params, optimizer)
     params.append(torch.ones(2, 2, requires_grad=True))
     optimizer.add_param_group({"params": params[-1:]})
     assert step(params, optimizer) is not plan
-    plan = optimizer._plans[None]
+    plan = optimizer._stepper._plans[None]
     optimizer.load_state_dict(optimizer.state_dict())
     assert step(params, optimizer) is not plan
-    plan = optimizer._plans[None]
+    plan = optimizer._stepper._plans[None]
     params[0].data = params[0].data.double()
     params[0].grad = None
     assert step(params, optimizer) is not plan
@@ -147,7 +147,7 @@ def test_plan_is_redone_when_a_gradient_lies_otherwise(grad: torch.Tensor) -> No
     plan = step(params, optimizer)
     params[0].grad = grad
     optimizer.step()
-    assert optimizer._plans[None] is not plan
+    assert optimizer._stepper._plans[None] is not plan
 
 
 def test_gradient_that_does_not_fit_is_refused_after_ones_that_did() -> None:

@@ -1,0 +1,62 @@
+"""From the entries of a step to its end, and what the next step can use again: plans, records, the buffers of exchanges."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafactor_compiled._sharded.exchange import Exchange
+from adafactor_compiled._sharded.step import exchanges_of
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import forget_replaced
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._step import capture, scaling
+from adafactor_compiled._step.compilation import Compilation
+from adafactor_compiled._step.faults import counts_kept_true
+from adafactor_compiled._step.plan import Plan, plan_of
+from adafactor_compiled._step.run import Record, run
+
+
+class Stepper:
+    """Of one optimizer; of `last`, where there was one before, it keeps what does not depend on the state."""
+
+    def __init__(self, last: Stepper | None = None) -> None:
+        # Of the whole step under None, and of each parameter that is stepped alone.
+        self._plans: dict[Tensor | None, Plan] = {}
+        self.records: dict[Tensor | None, Record] = {}
+        self.compilation = Compilation()
+        self._exchanges: Sequence[Exchange] = () if last is None else last._exchanges
+        self._captured: bool = last is not None and last._captured  # whether a CUDA graph has a step
+
+    def loaded(self) -> None:
+        """Say, where a CUDA graph has a step, that it has one of another state now."""
+        if self._captured:
+            self._captured = False
+            warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=3)
+
+    def step(self, optimizer: Optimizer, entries: list[Entry], show_progress: bool | None, alone: Tensor | None = None) -> None:
+        """Step all entries that have a gradient, or one of them `alone`."""
+        groups: list[Group] = optimizer.param_groups
+        if capture.is_captured(groups):
+            self._captured = True
+        of_scaler = scaling.Scaling.of(optimizer)
+        if of_scaler is not None:
+            entries = of_scaler.unscaled(entries)
+        if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
+            run(plan_of(entries, None), entries, exchanges_of(groups, ()), True)
+            return
+        last = self._plans.get(alone)
+        plan = self._plans[alone] = plan_of(entries, last)
+        if plan is not last and alone is None:
+            forget_replaced(optimizer.state, groups)
+        compiles = self.compilation.compiles(plan, groups, show_progress)
+        if alone is None:
+            self._exchanges = exchanges_of(groups, self._exchanges)
+        exchanges = self._exchanges if alone is None else ()
+        with nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries), counts_kept_true(entries):
+            self.records[alone] = run(plan, entries, exchanges, compiles)
