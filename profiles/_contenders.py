@@ -34,6 +34,7 @@ class Contender(NamedTuple):
     momentum: bool = True  # whether it knows beta1
     every: int = 1  # takes part in every n-th round of a timing
     half_only: bool = False  # whether it is another one only for half-precision parameters
+    momentum_only: bool = False  # whether it is another one only with beta1
 
 
 def ours(**path: Any) -> Make:
@@ -81,6 +82,9 @@ CONTENDERS: dict[str, Contender] = {
     "stochastic-rounding": Contender(
         "Adafactor, compiled, stochastic rounding", ours(compile=True, stochastic_rounding=True), half_only=True
     ),
+    "bfloat16-momentum": Contender(
+        "Adafactor, compiled, momentum in bfloat16", ours(compile=True, momentum_dtype=torch.bfloat16), momentum_only=True
+    ),
     "adamw-fused": Contender("fused AdamW", adamw(fused=True)),
     "adamw-foreach": Contender("foreach AdamW", adamw(foreach=True)),
     "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),
@@ -111,6 +115,9 @@ def make_optimizers(keys: list[str], params: list[Tensor], beta1: float | None) 
         contender = CONTENDERS[key]
         if beta1 is not None and not contender.momentum:
             missing[key] = "has no beta1"
+            continue
+        if beta1 is None and contender.momentum_only:
+            missing[key] = "is for a momentum"
             continue
         if contender.half_only and params[0].dtype.itemsize > 2:
             missing[key] = "is for half precision"

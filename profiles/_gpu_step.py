@@ -79,7 +79,10 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
         params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda")) for shape in case["shapes"]]
         for param in params:
             param.grad = torch.empty_like(param)
-        optimizer = Adafactor(params, beta1=case["beta1"], compile=True, **case.get("options", {}))
+        options = case.get("options", {})
+        if "momentum_dtype" in options:
+            options |= {"momentum_dtype": getattr(torch, options["momentum_dtype"])}
+        optimizer = Adafactor(params, beta1=case["beta1"], compile=True, **options)
         optimizer.warm_up()
         ahead = len(compilations.done)
         optimizer.step()  # makes what later ones keep

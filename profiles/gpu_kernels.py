@@ -26,7 +26,7 @@ import torch
 from _networks import NETWORKS, Shapes, by_shape
 from _shared import color_of, figures, markdown_table, parser, run_profile
 from _shared.fake_gpu import BANDWIDTH, SHORTEST, check_build, environment, milliseconds
-from step_time import ROWS
+from step_time import ROWS, Row
 
 CHILD = Path(__file__).with_name("_gpu_step.py")
 
@@ -43,6 +43,12 @@ GOALS = {
     "lora-8b": Goal(150, 27.0),
     "resnet50": Goal(48, 46.0),
     "gpt2-beta1": Goal(bytes=33.0),
+    "gpt2-beta1-bfloat16": Goal(),
+}
+HALF_MOMENTUM = ROWS["gpt2-beta1"]._replace(title="GPT-2 with beta1=0.9, momentum in bfloat16")
+CASES: dict[str, tuple[Row, dict[str, Any]]] = {
+    **{name: (row, {}) for name, row in ROWS.items()},
+    "gpt2-beta1-bfloat16": (HALF_MOMENTUM, {"momentum_dtype": "bfloat16"}),
 }
 MOST_CODEGEN_S = 90.0
 
@@ -54,7 +60,8 @@ def kernels_of(shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float 
         shapes: of the parameters.
         dtype: of parameters and gradients.
         beta1: as of the optimizer.
-        **case: `options` of the optimizer; `build`, whether Triton builds each kernel; `sources`, a folder for the code.
+        **case: `options` of the optimizer, a dtype by its name; `build`, whether Triton builds each kernel; `sources`, a folder
+            for the code.
     """
     check_build()
     with tempfile.TemporaryDirectory(prefix="gpu-") as directory:
@@ -90,10 +97,10 @@ def adamw(shapes: Shapes, itemsize: int) -> dict[str, float]:
 
 
 def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
-    row, goal = ROWS[name], GOALS.get(name, Goal())
+    (row, of_optimizer), goal = CASES[name], GOALS.get(name, Goal())
     shapes = NETWORKS[row.network]()
     sources = options.sources and str(options.sources.resolve() / name)
-    result = kernels_of(shapes, row.dtype, row.beta1, build=options.build, sources=sources)
+    result = kernels_of(shapes, row.dtype, row.beta1, options=of_optimizer, build=options.build, sources=sources)
     print(f"{row.title}: {result['graphs']} graphs in {result['codegen_s']:.0f} s", flush=True)
     for graph in result["of_graphs"]:
         print(lines_of(graph, options.kernels), flush=True)
@@ -103,6 +110,7 @@ def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "shapes": by_shape(shapes),
         "dtype": row.dtype,
         "beta1": row.beta1,
+        "options": of_optimizer,
         "goal": {"launches": goal.launches, "bytes_per_element": goal.bytes},
         "fused_adamw": adamw(shapes, row.dtype.itemsize),
         **result,
@@ -236,7 +244,7 @@ def bar(axes: Any, y: float, value: float, name: str, label: str | None, alpha: 
 
 def main() -> None:
     options = parser(__doc__, redraw=True)
-    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)} (default: six)")
+    options.add_argument("--networks", nargs="+", choices=CASES, metavar="NAME", help=f"of {', '.join(CASES)} (default: seven)")
     options.add_argument("--build", action="store_true", help="have Triton build every kernel, and look at what it built")
     options.add_argument(
         "--kernels",

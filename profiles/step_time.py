@@ -176,7 +176,7 @@ def draw(result: dict[str, Any]) -> Any:
         for key, contender in CONTENDERS.items():
             values = [*ratio(row["ms_of_few"], key, ADAMW), *ratio(row["ms"], key, ADAMW)]
             if values:
-                hollow = "foreach" in contender.name or "stochastic" in contender.name
+                hollow = any(word in contender.name for word in ("foreach", "stochastic", "bfloat16"))
                 axes.plot(
                     values,
                     [y] * len(values),
