@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._state.moments import factored_dims
-from adafactor_compiled._state.options import Group, wants_caution, wants_rounding
+from adafactor_compiled._state.moments import factored_dims, is_cautious, momentum_of
+from adafactor_compiled._state.options import Group, wants_rounding
 from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
 from adafactor_compiled._state.views import moved
 from adafactor_compiled._update.numbers import to_device
@@ -54,7 +54,8 @@ class Kind(NamedTuple):
 
     @classmethod
     def of(cls, param: DTensor, group: Group) -> Kind:
-        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), wants_caution(group))
+        cautious = is_cautious(momentum_of(param.dtype, group))
+        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
 
     def seen(self, param: DTensor) -> DTensor:
         """With its rows and columns last."""

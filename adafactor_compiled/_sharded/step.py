@@ -21,8 +21,8 @@ from adafactor_compiled._sharded.exchange import Exchange, Kind, Slot
 from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import group_by_key
-from adafactor_compiled._state.moments import factored_dims, momentum_of
-from adafactor_compiled._state.options import Group, wants_caution, wants_rounding
+from adafactor_compiled._state.moments import factored_dims, is_cautious, momentum_of
+from adafactor_compiled._state.options import Group, wants_rounding
 from adafactor_compiled._state.placements import Split, local, split_of
 from adafactor_compiled._state.views import origin_in
 from adafactor_compiled._update import vectors
@@ -147,7 +147,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
 
 def compiles(entry: Entry) -> bool:
     """Whether the passes over a piece are to be compiled; what counts the signs that agree is not."""
-    return path_of(entry.group) == "compiled" and not wants_caution(entry.group)
+    return path_of(entry.group) == "compiled" and not is_cautious(momentum_of(entry.param.dtype, entry.group))
 
 
 def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:

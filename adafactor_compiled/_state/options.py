@@ -159,10 +159,6 @@ def wants_rounding(dtype: torch.dtype, group: Mapping[str, Any]) -> bool:
     return group["stochastic_rounding"] and in_half
 
 
-def wants_caution(group: Mapping[str, Any]) -> bool:
-    return group["cautious"] and group["beta1"] is not None
-
-
 def check_parameter(param: Tensor, index: int, error: type[Exception] = ValueError) -> None:
     if param.is_complex():
         raise error(

@@ -186,7 +186,7 @@ def _apply(x: Member, root: Tensor, f: Factors, share: Tensor | None = None) -> 
     if x.draws is not None:
         row_factor = materialize(row_factor)  # in the loop, beside the noise, it costs a sixth of a step of bfloat16
         noise = _noise(x.draws, root, p.shape[-1], half_of(p, x.exp_avg))
-    update = g.to(table.dtype) * row_factor * col_factor
+    update = g.to(table.dtype) * row_factor.unsqueeze(-1) * col_factor
     if x.exp_avg is not None:
         update = with_momentum(x.exp_avg, update, numbers, noise)
     if x.cautious:
@@ -196,17 +196,18 @@ def _apply(x: Member, root: Tensor, f: Factors, share: Tensor | None = None) -> 
 
 
 def _factors_of(g: Tensor, root: Tensor, scale: Tensor, col_factor: Tensor) -> tuple[Tensor, Tensor]:
-    """What a gradient is multiplied by, in its shape but for sizes of 1."""
+    """What the rows and the columns of a gradient are multiplied by, in its shape but for sizes of 1."""
     row_factor = root * scale.reshape(scale.shape + (1,) * (root.ndim - scale.ndim))
     lead = col_factor.shape[:-1] + (1,) * (g.ndim - col_factor.ndim)
-    return row_factor.unsqueeze(-1), col_factor.reshape(lead + g.shape[-1:])
+    return row_factor, col_factor.reshape(lead + g.shape[-1:])
 
 
 def agreement(g: Tensor, row: Tensor, exp_avg: Tensor, scale: Tensor, col_factor: Tensor, table: Tensor) -> Tensor:
     """How many elements of a step by `apply` agree in sign with their gradient, 0-dim; nothing is written."""
     numbers = Numbers.of(table)
     row_factor, col_factor = _factors_of(g, row.rsqrt(), scale, col_factor)
-    return total(agreeing(momentum(exp_avg, g.to(table.dtype) * row_factor * col_factor, numbers), g, numbers))
+    update = g.to(table.dtype) * row_factor.unsqueeze(-1) * col_factor
+    return total(agreeing(momentum(exp_avg, update, numbers), g, numbers))
 
 
 def _noise(draws: Tensor, row: Tensor, columns: int, dtype: torch.dtype) -> Tensor:

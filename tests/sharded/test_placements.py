@@ -48,16 +48,20 @@ def placed_parameters(placements: list[Any], shapes: list[tuple[int, ...]], name
     return [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes).parameters()]
 
 
+def all_reduces_of_a_step(params: list[Tensor], optimizer: Adafactor) -> int:
+    for p in params:
+        p.grad = torch.ones_like(p)
+    with CommDebugMode() as sent:
+        optimizer.step()
+    return int(sent.get_total_counts())
+
+
 def check_placements(name: str) -> None:
     placements, shapes, all_reduces = PLACEMENTS[name]
     for options in ({}, MOMENTUM):
         params = placed_parameters(placements, shapes, ("a", "b"))
         optimizer = train_beside_unsharded(params, options, EAGER)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with CommDebugMode() as sent:
-            optimizer.step()
-        assert sent.get_total_counts() == all_reduces
+        assert all_reduces_of_a_step(params, optimizer) == all_reduces
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
@@ -96,11 +100,7 @@ def check_cautious(mode: dict[str, Any]) -> None:
     for placements, shapes, all_reduces in PLACEMENTS.values():
         params = placed_parameters(placements, shapes, ("a", "b"))
         optimizer = train_beside_unsharded(params, cautious, mode)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with CommDebugMode() as sent:
-            optimizer.step()
-        assert sent.get_total_counts() == all_reduces + (all_reduces > 0)
+        assert all_reduces_of_a_step(params, optimizer) == all_reduces + (all_reduces > 0)
     halves = [nn.Parameter(p.detach().bfloat16()) for p in placed_parameters([R, Shard(0)], [(7, 5), (9,)], ("a", "b"))]
     rounded = {**cautious, "maximize": True, "momentum_dtype": torch.bfloat16, "stochastic_rounding": True}
     train_beside_unsharded(halves, rounded, mode)
@@ -121,11 +121,7 @@ def check_mixture() -> None:
             params += placed_parameters(placements, shapes, names)
         params[5::7] = [nn.Parameter(p.detach().double()) for p in params[5::7]]
         optimizer = train_beside_unsharded(params, MOMENTUM, EAGER)
-        for p in params:
-            p.grad = torch.ones_like(p)
-        with CommDebugMode() as sent:
-            optimizer.step()
-        assert sent.get_total_counts() == 2  # the first and the second round of one mesh
+        assert all_reduces_of_a_step(params, optimizer) == 2  # the first and the second round of one mesh
 
 
 def test_mixture(ranks):
