@@ -56,6 +56,6 @@ class Compilation:
         warnings.warn(
             f"Adafactor steps without torch.compile, since {cause}; {remedy}, or pass `compile=False`, which takes the same "
             "multi-tensor path without this warning",
-            stacklevel=8,  # past torch's wrappers of `step`
+            stacklevel=7,  # past torch's wrappers of `step`
         )
         return False
