@@ -7,8 +7,11 @@ import functools
 import os
 import subprocess
 import sys
+import threading
 import traceback
 from pathlib import Path
+
+import torch
 
 COMPILER = (
     "install a C++ compiler (Debian and Ubuntu: `apt-get install g++`; conda: `conda install gxx`) or name it in the "
@@ -50,7 +53,19 @@ def reason_not_to_compile() -> tuple[str, str] | None:
             "this process was forked from one that had run compiled code, whose threads are not here",
             'start processes with the method "spawn" or "forkserver"',
         )
+    if _dies_with_threads() and threading.current_thread() is not threading.main_thread():
+        return (
+            "this torch is built for CUDA, finds no GPU, and crashes when something is compiled after the end of a thread that "
+            "has compiled",
+            "step in the main thread, or install torch 2.13 or newer, or a build for CPUs",
+        )
     return None
+
+
+@functools.cache
+def _dies_with_threads() -> bool:
+    """Whether tracing leaves a pointer to what goes with its thread: seen with 2.11, no longer with 2.14."""
+    return torch.__version__ < "2.13" and torch.version.cuda is not None and not torch.cuda.is_available()
 
 
 def cause_of(error: BaseException) -> tuple[str, str]:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from machines import Kind, Run, needs_a_shell, run
 
+from adafactor_compiled._compile import toolchain
 from adafactor_compiled._compile.toolchain import cause_of
 
 FAILING = """
@@ -158,6 +159,16 @@ print(json.dumps([said, same(params_of(optimizer), params_of(expected))]))
     assert same
     assert off == []
     assert len(on) == 1
+
+
+def test_a_torch_that_crashes_after_the_end_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(toolchain, "_dies_with_threads", lambda: True)
+    assert toolchain.reason_not_to_compile() is None  # this is the main thread
+    with ThreadPoolExecutor(1) as pool:
+        reason = pool.submit(toolchain.reason_not_to_compile).result()
+    assert reason is not None
+    assert "finds no GPU" in reason[0]
+    assert "main thread" in reason[1]
 
 
 # Errors that no machine makes at will -------------------------------------------------------------------------------------
