@@ -42,8 +42,14 @@ def assert_same_parameter(actual: Tensor, expected: Tensor, path: str, scale: fl
     assert error <= limit, f"{path} {where}: parameters differ by {error:.2e} of the largest, more than {limit:.1e}"
 
 
-def assert_same_state(actual: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype, where: str = "") -> None:
-    """The state of one parameter of `dtype`: the same keys, shapes and dtypes, and values within its tolerance."""
+def assert_same_state(
+    actual: dict[str, Any], expected: dict[str, Any], dtype: torch.dtype, where: str = "", momentum: float = 0.0
+) -> None:
+    """The state of one parameter of `dtype`: the same keys, shapes and dtypes, and values within its tolerance.
+
+    That of a momentum is relative to its largest element, or to that of the `momentum` before the step, where that is larger:
+    the update may cancel nearly all of it.
+    """
     assert set(actual) == set(expected), where
     assert int(actual["step"]) == int(expected["step"]), where
     limit = TOLERANCES[dtype].state
@@ -53,6 +59,6 @@ def assert_same_state(actual: dict[str, Any], expected: dict[str, Any], dtype: t
         assert a.dtype == e.dtype or not isinstance(expected[key], Tensor), (where, key)
         error, magnitude = (a.double() - e.double()).abs(), e.double().abs()
         if key == "exp_avg":
-            magnitude = magnitude.new_tensor(largest(magnitude))
+            magnitude = magnitude.new_tensor(max(largest(magnitude), momentum))
         same = (error <= limit * magnitude) | (a.isnan() & e.isnan())
         assert same.all(), f"{where}: `{key}` differs by {largest(error / magnitude):.2e}, more than {limit:.1e}"

@@ -10,7 +10,7 @@ import pytest
 import torch
 from parameters import params_of
 from paths import PATHS
-from tolerances import assert_same_parameter, assert_same_state
+from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -104,11 +104,18 @@ def reference_of(optimizer: Adafactor) -> Adafactor:
     return reference
 
 
-def assert_same(optimizer: Adafactor, reference: Adafactor, path: str) -> None:
+def momenta_of(optimizer: Adafactor) -> list[float]:
+    """The largest element of each momentum."""
+    return [largest(optimizer.state[p].get("exp_avg", torch.zeros(()))) for p in params_of(optimizer)]
+
+
+def assert_same(optimizer: Adafactor, reference: Adafactor, path: str, momenta: list[float] | None = None) -> None:
+    """After a step; `momenta` are those of the reference before it."""
     for i, (ours, theirs) in enumerate(zip(params_of(optimizer), params_of(reference), strict=True)):
         state = {key: plain(x) if isinstance(x, Tensor) else x for key, x in optimizer.state[ours].items()}
         assert_same_parameter(plain(ours), theirs, path, where=f"parameter {i}")
-        assert_same_state(state, reference.state[theirs], theirs.dtype, f"parameter {i}")
+        momentum = momenta[i] if momenta else 0.0
+        assert_same_state(state, reference.state[theirs], theirs.dtype, f"parameter {i}", momentum)
 
 
 def check_steps(optimizer: Adafactor, path: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
@@ -116,10 +123,11 @@ def check_steps(optimizer: Adafactor, path: str, around: Callable[[], AbstractCo
     for t, context in enumerate([around, nullcontext]):
         give_gradients(optimizer, 50 + t)
         reference = reference_of(optimizer)
+        momenta = momenta_of(reference)
         reference.step()
         with context():
             optimizer.step()
-        assert_same(optimizer, reference, path)
+        assert_same(optimizer, reference, path, momenta)
 
 
 def check_error(optimizer: Adafactor, message: str, around: Callable[[], AbstractContextManager[Any]] = nullcontext) -> None:
