@@ -6,6 +6,7 @@ They are forked from a server that has imported torch once, meet in a file (no p
 from __future__ import annotations
 
 import datetime
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -13,6 +14,7 @@ import tempfile
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Any
 
 import torch
@@ -36,7 +38,7 @@ class Ranks:
         self.size = size
         self._folder = tempfile.TemporaryDirectory()
         self._ends: list[Connection] = []
-        self.processes = []
+        self.processes: list[BaseProcess] = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
             arguments = (rank, size, os.path.join(self._folder.name, "store"), timeout, theirs)
@@ -60,16 +62,17 @@ class Ranks:
         message = pickle.dumps((check, arguments))
         for end in self._ends:
             end.send_bytes(message)
-        return [self._outcome(end, timeout) for end in self._ends]
+        return [self._outcome(*of_rank, timeout) for of_rank in zip(self._ends, self.processes, strict=True)]
 
-    def _outcome(self, end: Connection, timeout: float) -> tuple[bool, Any]:
+    def _outcome(self, end: Connection, process: BaseProcess, timeout: float) -> tuple[bool, Any]:
         try:
             if end.poll(timeout):
                 outcome: tuple[bool, Any] = pickle.loads(end.recv_bytes())
                 return outcome
             return False, f"no answer within {timeout} s"
         except (EOFError, ConnectionError):
-            return False, "died"
+            process.join(timeout)
+            return False, f"died, exit code {process.exitcode}"
 
     def close(self) -> None:
         """End every process, by force where it does not end by itself."""
@@ -90,6 +93,7 @@ class Ranks:
 
 
 def _serve(rank: int, size: int, store: str, timeout: float, end: Connection) -> None:
+    faulthandler.enable()  # what every thread was doing, where a rank is ended by a signal
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size))
     limit = datetime.timedelta(seconds=timeout)

@@ -60,7 +60,7 @@ def assert_same(mine: Adafactor, reference: Adafactor, params: list[Tensor], exp
         state, wanted = mine.state[p], reference.state[q]
         assert set(state) == set(wanted), where
         assert int(state.get("step", 0)) == int(wanted.get("step", 0)), where
-        for key in set(wanted) - {"step"}:
+        for key in sorted(set(wanted) - {"step"}):  # all ranks in one order: what follows gathers
             assert isinstance(state[key], DTensor) == (isinstance(p, DTensor) and key != "RMS"), f"{where} {key}"
             assert_close(state[key], wanted[key], TOLERANCES[q.dtype].state, f"{where} {key}")
 

@@ -145,7 +145,7 @@ def test_dead_rank():
     pair = Ranks(2, timeout=10.0)
     try:
         (survived, error), (_, dead) = pair.outcomes(step_until_the_other_is_gone, timeout=30.0)
-        assert dead == "died"
+        assert dead == "died, exit code 1"
         assert not survived
         assert "dist.all_reduce" in error
     finally:
