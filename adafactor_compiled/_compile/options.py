@@ -77,10 +77,15 @@ OVER_ROWS = {matrices.step_matrices, matrices.step_small_matrices, matrices.stat
 
 
 def members_of_a_call(function: Callable[..., Any], device_type: str, magnitudes: Sequence[int]) -> int:
-    """By the magnitudes of the dynamic sizes: what is large has launches enough of its own, and its examples take memory."""
+    """By the magnitudes of the dynamic sizes.
+
+    A network has few matrices with slices, a convolution of 7 x 7 perhaps, and code for many members would be half of its first
+    step. What is large has launches enough of its own on a GPU, and its examples take memory.
+    """
+    in_slices = len(magnitudes) > (3 if function in IN_BLOCKS else 2)
     if device_type == "cpu":
-        return MEMBERS.get(function, 1)
-    most = 1 if magnitudes.count(LONG) > 1 else 4 if len(magnitudes) > 2 else 16
+        return 1 if in_slices else MEMBERS.get(function, 1)
+    most = 1 if magnitudes.count(LONG) > 1 else 2 if in_slices else 16
     return min(most, GPU_MEMBERS.get(function, 1))
 
 
