@@ -1,6 +1,6 @@
 """The step of DTensor parameters: local passes, one all_reduce a mesh, local passes.
 
-Each rank sees its own pieces. What it sums of them goes into the flat buffer of their mesh (`_exchange.py`); after the
+Each rank sees its own pieces. What it sums of them goes into the flat buffer of their mesh (`exchange.py`); after the
 all_reduce every rank has what it needs of the whole parameters. Which sums these are depends on the dimensions that are split
 (`Split`). Nothing is written before the ranks have agreed on the gradients.
 """
@@ -99,16 +99,11 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
 
 def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
     """The jobs with what determines the noise of their pieces: that of the same elements of an unsharded parameter."""
-    jobs = list(jobs)
-    rounding = [i for i, job in enumerate(jobs) if _rounds(job.entry)]
-    for of_device in group_by_key(jobs[i].entry.param.device for i in rounding).values():
-        chosen = [rounding[i] for i in of_device]
-        entries = [jobs[i].entry for i in chosen]
-        # One that has no origin raises here: its option was switched on by hand.
-        origins = [slots[entry.position].origin or origin_in(entry.param, entry.group, entry.position) for entry in entries]
-        for i, draws in zip(chosen, draws_of_entries(entries, origins), strict=True):
-            jobs[i] = jobs[i]._replace(draws=draws)
-    return jobs
+    rounding = [job.entry for job in jobs if _rounds(job.entry)]
+    # One that has no origin raises here: its option was switched on by hand.
+    origins = [slots[x.position].origin or origin_in(x.param, x.group, x.position) for x in rounding]
+    draws = dict(zip((x.position for x in rounding), draws_of_entries(rounding, origins), strict=True))
+    return [job._replace(draws=draws.get(job.entry.position)) for job in jobs]
 
 
 def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Piece]:

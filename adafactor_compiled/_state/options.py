@@ -12,6 +12,7 @@ from torch import Tensor
 from adafactor_compiled._state.layout import HALF
 
 Group = dict[str, Any]
+Test = Callable[[object], bool]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
 EXECUTION = ("foreach", "compile", "capturable")
@@ -25,8 +26,16 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _at_least_zero(value: object) -> bool:
-    return _is_number(value) and math.isfinite(value) and value >= 0  # type: ignore[arg-type, operator]
+def _number(holds: Callable[[Any], bool]) -> Test:
+    return lambda value: _is_number(value) and math.isfinite(value) and holds(value)  # type: ignore[arg-type]
+
+
+def _or_none(test: Test) -> Test:
+    return lambda value: value is None or test(value)
+
+
+def _one_of(*choices: str) -> Test:
+    return lambda value: isinstance(value, str) and value in choices
 
 
 def _is_lr(value: object) -> bool:
@@ -39,53 +48,31 @@ def _is_eps(value: object) -> bool:
     return isinstance(value, (tuple, list)) and len(value) == 2 and all(map(_at_least_zero, value))
 
 
-def _is_clip_threshold(value: object) -> bool:
-    return value is None or (_at_least_zero(value) and value > 0)  # type: ignore[operator]
-
-
-def _is_decay_rate(value: object) -> bool:
-    return _is_number(value) and math.isfinite(value) and value <= 0  # type: ignore[arg-type, operator]
-
-
-def _is_beta1(value: object) -> bool:
-    return value is None or (_at_least_zero(value) and value < 1)  # type: ignore[operator]
+def _is_momentum_dtype(value: object) -> bool:
+    return value in (None, torch.float32, torch.bfloat16, torch.float16)
 
 
 def _is_bool(value: object) -> bool:
     return isinstance(value, bool)
 
 
-def _one_of(*choices: str) -> Callable[[object], bool]:
-    return lambda value: isinstance(value, str) and value in choices
-
-
-def _is_beta2_cap(value: object) -> bool:
-    return value is None or (_is_number(value) and 0 < value < 1)  # type: ignore[operator]
-
-
-def _is_momentum_dtype(value: object) -> bool:
-    return value in (None, torch.float32, torch.bfloat16, torch.float16)
-
-
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
 
-def _is_count(value: object) -> bool:
-    return _is_int(value) and value >= 0  # type: ignore[operator]
+def _is_count(value: Any) -> bool:
+    return _is_int(value) and value >= 0
 
 
-def _is_bool_or_none(value: object) -> bool:
-    return value is None or isinstance(value, bool)
-
+_at_least_zero, _is_bool_or_none = _number(lambda x: x >= 0), _or_none(_is_bool)
 
 # name: (test, what it must be)
-OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
+OPTIONS: Mapping[str, tuple[Test, str]] = {
     "lr": (_is_lr, "None, a finite number >= 0 or a floating-point tensor with one element"),
     "eps": (_is_eps, "two finite numbers >= 0"),
-    "clip_threshold": (_is_clip_threshold, "None or a finite number > 0"),
-    "decay_rate": (_is_decay_rate, "a finite number <= 0"),
-    "beta1": (_is_beta1, "None or a number in [0, 1)"),
+    "clip_threshold": (_or_none(_number(lambda x: x > 0)), "None or a finite number > 0"),
+    "decay_rate": (_number(lambda x: x <= 0), "a finite number <= 0"),
+    "beta1": (_or_none(_number(lambda x: 0 <= x < 1)), "None or a number in [0, 1)"),
     "weight_decay": (_at_least_zero, "a finite number >= 0"),
     "scale_parameter": (_is_bool, "a bool"),
     "relative_step": (_is_bool, "a bool"),
@@ -99,7 +86,7 @@ OPTIONS: Mapping[str, tuple[Callable[[object], bool], str]] = {
     "nonfinite": (_one_of("propagate", "skip"), '"propagate" or "skip"'),
     "min_dim_size_to_factor": (_is_count, "an int >= 0"),
     "factor_dims": (_one_of("last", "largest"), '"last" or "largest"'),
-    "beta2_cap": (_is_beta2_cap, "None or a number between 0 and 1"),
+    "beta2_cap": (_or_none(_number(lambda x: 0 < x < 1)), "None or a number between 0 and 1"),
     "decay_offset": (_is_count, "an int >= 0"),
     "momentum_dtype": (_is_momentum_dtype, "None, torch.float32, torch.bfloat16 or torch.float16"),
     "cautious": (_is_bool, "a bool"),

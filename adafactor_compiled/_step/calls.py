@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, NamedTuple, cast
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.rounding import SWAPPED
+
+SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # as the fields of Member
 
 
 class Call(NamedTuple):
@@ -90,74 +93,57 @@ class Tables:
 
 
 def run_call(call: Call, members: Members) -> Tensor:
-    """Step the members of a call; gives the RMS of each and of its update, shape [2, k or more]."""
-    (route, *_), (key, *_) = call.routes, call.keys
-    if not route.in_parts:
-        measured: Tensor = passes.compiled(key)(members)
-        return measured
-    of = call.shape_class
+    """Step the members of a call, as part of an outer graph where there is one.
+
+    Gives the RMS of each and of its update, shape [2, k or more].
+    """
+    route, of, inline = call.routes[0], call.shape_class, torch.compiler.is_compiling()
 
     def run(function: Callable[..., Any], sizes: tuple[int, ...], *arguments: Any) -> Any:
-        part = pass_of(function, sizes, of.device, (of.dtype, of.grad_dtype), of.momentum, of.rounding)
-        return passes.compiled(part)(*arguments)
+        if not inline:
+            key = pass_of(function, sizes, of.device, (of.dtype, of.grad_dtype), of.momentum, of.rounding)
+            function = passes.compiled(key)
+        return function(*arguments)
 
-    return torch.stack([route.function(member, run) for member in members.each()], 1)
-
-
-def run_inline(call: Call, members: Members) -> Tensor:
-    """The same as part of an outer graph."""
-    route = call.routes[0]
-    if not route.in_parts:
-        measured: Tensor = route.function(members)
-        return measured
-    return torch.stack([route.function(member, lambda function, _, *xs: function(*xs)) for member in members.each()], 1)
+    if route.in_parts:
+        return torch.stack([route.function(member, run) for member in members.each()], 1)
+    measured: Tensor = (route.function if inline else passes.compiled(call.keys[0]))(members)
+    return measured
 
 
 def members_of(call: Call, entries: list[Entry], tables: Tables) -> Members:
     """The tensors of a call, as the views of their routes, and of what stands in for the members that it lacks."""
-    lists: tuple[list[Tensor], ...] = ([], [], [], [], [], [], [])
-    params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones = lists
     of, k = call.shape_class, len(call.positions)
+    each: list[tuple[Any, ...]] = []
     for i, route in zip(call.positions, call.routes, strict=True):
         _, p, g, state, _ = entries[i]
-        params.append(route.view(p))
-        grads.append(route.view(g))
+        row = col = ones = None
         if of.factored:
             row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
             if route.transposed:
                 row, col = col, row
-            rows.append(row if row.shape == route.row_shape else row.view(route.row_shape))
-            cols.append(col if col.shape == route.col_shape else col.view(route.col_shape))
-            if route.in_blocks:
-                ones.append(route.ones(g, len(ones)))
-        else:
-            exp_avg_sqs.append(route.view(state["exp_avg_sq"]))
-        if of.momentum:
-            exp_avgs.append(route.view(state["exp_avg"]))
+            row = row if row.shape == route.row_shape else row.view(route.row_shape)
+            col = col if col.shape == route.col_shape else col.view(route.col_shape)
+            ones = route.ones(g, len(each)) if route.in_blocks else None
+        whole = None if of.factored else route.view(state["exp_avg_sq"])
+        exp_avg = route.view(state["exp_avg"]) if of.momentum else None
+        each.append((route.view(p), route.view(g), row, col, whole, exp_avg, ones))
     if call.keys and call.keys[0].k > k:
         if not call.stand_ins:
             call.stand_ins.append(example_of(call.keys[0], tiny=True)[0])
-        for own, others in zip(lists, call.stand_ins[0][: len(lists)], strict=True):
-            own += cast(list[Tensor], others)[k:]
+        each += [x[:7] for x in islice(call.stand_ins[0].each(), k, None)]
         k = call.keys[0].k
     draws = tables.draws(call.positions, k, call.routes[0].transposed) if of.rounding else None
     table = tables.of(call.positions, k)
-    return Members(params, grads, rows, cols, exp_avg_sqs, exp_avgs, ones, table, draws, is_cautious(of.momentum))
+    return Members.of(each, table, draws, is_cautious(of.momentum))
 
 
 def members_as_they_are(of: ShapeClass, positions: Sequence[int], entries: list[Entry], tables: Tables) -> Members:
     """The tensors of entries of a class."""
-    chosen, k = [entries[i] for i in positions], len(positions)
-    states = [entry.state for entry in chosen]
-    return Members(
-        params=[entry.param.detach() for entry in chosen],
-        grads=[entry.grad.detach() for entry in chosen],
-        rows=[state["exp_avg_sq_row"] for state in states] if of.factored else [],
-        cols=[state["exp_avg_sq_col"] for state in states] if of.factored else [],
-        exp_avg_sqs=[] if of.factored else [state["exp_avg_sq"] for state in states],
-        exp_avgs=[state["exp_avg"] for state in states] if of.momentum else [],
-        ones=[],
-        table=tables.of(positions, k),
-        draws=tables.draws(positions, k) if of.rounding else None,
-        cautious=is_cautious(of.momentum),
-    )
+    each: list[tuple[Any, ...]] = []
+    for i in positions:
+        _, p, g, state, _ = entries[i]
+        exp_avg = state["exp_avg"] if of.momentum else None
+        each.append((p.detach(), g.detach(), *map(state.get, SECOND_MOMENTS), exp_avg, None))
+    draws = tables.draws(positions, len(each)) if of.rounding else None
+    return Members.of(each, tables.of(positions, len(each)), draws, is_cautious(of.momentum))

@@ -15,7 +15,7 @@ from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.views import with_dims_last
-from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call, run_inline
+from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part
@@ -46,10 +46,9 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     measured: list[tuple[Sequence[int], Tensor]] = []
     # All views first: after a large call Python finds nothing in cache, and each takes 5 us instead of 1.
     calls = [(call, members_of(call, entries, tables)) for call in plan.calls] if compiles else []
-    step = run_inline if torch.compiler.is_compiling() else run_call
     for call, members in calls:
         with range_of_call(call) if named else UNNAMED:
-            measured.append((call.positions, step(call, members)))
+            measured.append((call.positions, run_call(call, members)))
     for part in plan.eager if compiles else plan.all_eager:
         with range_of_part(part) if named else UNNAMED:
             measured += _run_part(part, plan, entries, tables)
@@ -61,13 +60,9 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
 
 def _draws_of(entries: list[Entry]) -> dict[int, Tensor]:
     """What determines the noise of the entries that are rounded stochastically, by their positions among all."""
-    draws: dict[int, Tensor] = {}
     rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group)]
-    for of_device in group_by_key(entries[i].param.device for i in rounding).values():
-        chosen = [rounding[j] for j in of_device]
-        for i, of_entry in zip(chosen, draws_of_entries([entries[i] for i in chosen], [Origin()] * len(chosen)), strict=True):
-            draws[i] = of_entry
-    return draws
+    draws = draws_of_entries([entries[i] for i in rounding], [Origin()] * len(rounding))
+    return dict(zip(rounding, draws, strict=True))
 
 
 def _keep_measured(measured: list[tuple[Sequence[int], Tensor]], plan: Plan, entries: list[Entry]) -> None:

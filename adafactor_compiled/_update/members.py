@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -36,6 +36,12 @@ class Members(NamedTuple):
     table: Tensor  # [k, len(Numbers)]
     draws: Tensor | None  # [k, DRAWS]
     cautious: bool = False  # see momentum.py
+
+    @classmethod
+    def of(cls, each: Iterable[Sequence[Any]], table: Tensor, draws: Tensor | None, cautious: bool) -> Members:
+        """From the first seven fields of each `Member`."""
+        lists = ([] if column[0] is None else list(column) for column in zip(*each, strict=True))
+        return cls(*lists, table, draws, cautious)  # type: ignore[call-arg, arg-type]
 
     def each(self) -> Iterator[Member]:
         """One after the other."""

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._state.layout import HALF
+from adafactor_compiled._state.layout import HALF, group_by_key
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._update.numbers import to_device
 
@@ -54,9 +54,15 @@ def draws_of(
 
 
 def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> list[Tensor]:
-    """What determines the noise of entries on one device, or of their pieces, at their step."""
-    seeds, positions = [entry.group["rounding_seed"] for entry in entries], [entry.position for entry in entries]
-    return draws_of(seeds, positions, origins, [entry.state["step"] for entry in entries], entries[0].param.device)
+    """What determines the noise of entries, or of their pieces, at their step, on the device of each."""
+    draws: list[Tensor] = [None] * len(entries)  # type: ignore[list-item]
+    for device, at in group_by_key(entry.param.device for entry in entries).items():
+        chosen = [entries[i] for i in at]
+        seeds, positions = [entry.group["rounding_seed"] for entry in chosen], [entry.position for entry in chosen]
+        steps, of_device = [entry.state["step"] for entry in chosen], [origins[i] for i in at]
+        for i, of_entry in zip(at, draws_of(seeds, positions, of_device, steps, device), strict=True):
+            draws[i] = of_entry
+    return draws
 
 
 def draws_from(draws: Tensor | None, first_slice: int, first_row: int) -> Tensor | None:
