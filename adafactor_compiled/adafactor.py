@@ -234,6 +234,7 @@ class Adafactor(Optimizer):
     supports_fused_back_pass = True  # tools may drive `step_parameter` from hooks of their own
 
     def _overridden(self, entries: list[Entry]) -> list[Entry]:
+        overrides.check_all(self, self._parts)
         get_lr = self._get_lr
         return entries if get_lr is self._parts["_get_lr"] else overrides.with_lr_of(entries, get_lr)
 

@@ -73,8 +73,8 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str,
             )
         return {
             **_torch_lr(saved, max(steps, default=0), where),
-            "eps": (1e-30, saved["eps"][1]),
             "clip_threshold": saved["d"],
+            "eps": (1e-30, saved["eps"][1]),
             "decay_rate": saved["beta2_decay"],
             "beta1": None,
             "weight_decay": float(saved["lr"]) * saved["weight_decay"],
@@ -274,6 +274,9 @@ def _convert(
             groups.append({**kept, **own, **NEUTRAL, **options(saved, group, steps, where)})
         except ValueError as error:
             reasons.append(str(error))
+        except KeyError as error:
+            missing = f"the options should be those of the optimizer that is converted but lack {error}{where}"
+            raise Refused([missing]) from error
     if reasons:
         raise Refused(reasons)
     return {"state": states, "param_groups": groups}

@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.run import Record
 from adafactor_compiled._update.numbers import Numbers, step_size
 
 
 class GroupTelemetry(NamedTuple):
-    """Means over the parameters of a group, each as of its own last step; NaN for a group that was never stepped.
+    """Means over the parameters of a group that took part in the last step; NaN where none did.
+
+    Parameters that are stepped one by one count from then to the next step of all.
 
     Args:
         parameters: how many parameters the means are over.
@@ -23,7 +24,7 @@ class GroupTelemetry(NamedTuple):
         param_rms: RMS of the parameter before the step.
         update_rms: RMS of the update before clipping and before the learning rate.
         clipped: share of the parameters whose update was clipped, from 0 to 1.
-        skipped: share of the parameters that were skipped for a NaN or inf, from 0 to 1.
+        skipped: share of the parameters that were skipped for a NaN, an inf or a GradScaler's overflow, from 0 to 1.
     """
 
     parameters: int
@@ -35,28 +36,26 @@ class GroupTelemetry(NamedTuple):
 
 
 def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTelemetry]:
-    """Telemetry of each group; reads one small tensor for each device."""
+    """Telemetry of each group; reads one small tensor."""
     last: dict[int, Sequence[Any]] = {id(param): line for record in records for param, *line in zip(*record, strict=True)}
     # An empty parameter has no RMS.
     stepped = [[param for param in group["params"] if id(param) in last and param.numel()] for group in groups]
     chosen = [[last[id(param)] for param in params] for params in stepped]
     values = [[float("nan")] * 5] * len(groups)
-    occupied = [i for i, lines in enumerate(chosen) if lines]
-    devices = group_by_key(chosen[i][0][1].device for i in occupied)
-    for of_device in devices.values():
-        positions = [occupied[i] for i in of_device]
-        means = torch.stack([_means(chosen[i]) for i in positions]).tolist()
-        for i, value in zip(positions, means, strict=True):
+    if occupied := [i for i, lines in enumerate(chosen) if lines]:
+        device = chosen[occupied[0]][0][1].device
+        means = torch.stack([_means(chosen[i], device) for i in occupied]).tolist()
+        for i, value in zip(occupied, means, strict=True):
             values[i] = value
     return [GroupTelemetry(len(lines), *value) for lines, value in zip(chosen, values, strict=True)]
 
 
-def _means(lines: Sequence[Sequence[Any]]) -> Tensor:
+def _means(lines: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
     *fields, flags = zip(*lines, strict=True)
-    tables, rms, update_rms = (torch.stack([x.detach().to(torch.float32) for x in field]) for field in fields)
+    tables, rms, update_rms = (torch.stack([x.detach().to(device, torch.float32) for x in field]) for field in fields)
     numbers = Numbers.of(tables)
     clipped = (update_rms > numbers.clip_threshold).to(torch.float32)
-    skipped = torch.stack([torch.zeros_like(r) if x is None else x.to(torch.float32) for x, r in zip(flags, rms, strict=True)])
+    skipped = torch.stack([rms.new_zeros(()) if x is None else x.to(device, torch.float32) for x in flags])
     return torch.stack([step_size(numbers, rms), rms, update_rms, clipped, skipped]).mean(-1)
 
 

@@ -1,6 +1,7 @@
 """Checkpoints: of other optimizers' real classes, refused ones, and through torch.distributed.checkpoint."""
 
 import copy
+import math
 import re
 
 import pytest
@@ -294,6 +295,8 @@ REFUSED = {
         None,
         "`weight_decay` should be decoupled",
     ),
+    "another optimizer": (convert.from_torch, torch.optim.AdamW, None, "those of the optimizer that is converted but lack 'd'"),
+    "another one for timm": (convert.from_timm, torch.optim.AdamW, None, "but lack 'relative_step'"),
     "another number": (convert.from_torch, lambda params: torch.optim.Adafactor(params[:1]), None, r"have \[\d\] parameters"),
 }
 
@@ -328,6 +331,15 @@ BROKEN = {
     "momentum": (corrupted("exp_avg", lambda x: x * torch.inf), r"`exp_avg` of parameter 0 .* finite"),
     "shape": (corrupted("exp_avg_sq_row", lambda x: x[:-1]), r"`exp_avg_sq_row` of parameter 0 .* shape \(6,\) but is: \(5,\)"),
     "missing": (lambda saved: saved["state"][0].pop("exp_avg_sq_row"), "parameter 0 .* lacks exp_avg_sq_row"),
+    "step nan": (
+        corrupted("step", lambda _: torch.tensor(math.nan)),
+        "`step` of parameter 0 .* a count >= 0 but is: tensor.nan",
+    ),
+    "step negative": (corrupted("step", lambda _: -1), "`step` of parameter 0 .* a count >= 0 but is: -1"),
+    "step a word": (corrupted("step", lambda _: "3"), "`step` of parameter 0 .* a count >= 0 but is: '3'"),
+    "steps": (corrupted("step", lambda _: torch.ones(2)), "`step` of parameter 0 .* a count >= 0"),
+    "RMS of two": (corrupted("RMS", lambda _: torch.ones(2)), r"`RMS` of parameter 0 .* shape \(\) but is: \(2,\)"),
+    "RMS a list": (corrupted("RMS", lambda _: [0.5]), r"`RMS` of parameter 0 .* shape \(\) but is: \[0.5\]"),
     "no step": (lambda saved: saved["state"][0].pop("step"), "parameter 0 .* lacks step"),
     "groups": (lambda saved: saved["param_groups"][0]["params"].pop(), r"\[4\] parameters but have \[3\]"),
     "option": (lambda saved: saved["param_groups"][0].update(decay_rate=1.0), "`decay_rate` should be"),

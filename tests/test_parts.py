@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from parameters import parameters, set_gradients
+from parameters import parameters, params_of, set_gradients
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -92,13 +92,17 @@ def test_of_an_instance_and_back() -> None:
 
 
 @pytest.mark.parametrize("name", ["_get_options", "_rms", "_approx_sq_grad"])
-def test_others_are_refused(name: str) -> None:
+def test_others_are_refused(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     own = staticmethod(lambda *_: None)
     with pytest.raises(TypeError, match=f"`{name}` should not be overridden"):
         type("Other", (Adafactor,), {name: own})(parameters(SHAPES))
     optimizer = Adafactor(parameters(SHAPES))
     with pytest.raises(TypeError, match=f"`{name}` should not be overridden"):
         setattr(optimizer, name, own)
+    set_gradients(params_of(optimizer), 0)
+    monkeypatch.setattr(Adafactor, name, own)  # of all that there are
+    with pytest.raises(TypeError, match=f"`{name}` should not be overridden"):
+        optimizer.step()
 
 
 def step_of_a_tool(self: Any, p: Tensor, group: dict[str, Any]) -> None:

@@ -10,7 +10,8 @@ from paths import PATHS
 from torch.overrides import TorchFunctionMode
 
 from adafactor_compiled import Adafactor, StepInBackward
-from adafactor_compiled.telemetry import flat
+from adafactor_compiled._update.numbers import Numbers
+from adafactor_compiled.telemetry import _means, flat
 
 SHAPES = [(6, 8), (6, 8), (5,), (), (2, 3, 4)]
 
@@ -86,6 +87,43 @@ def test_the_flat_dict():
     assert "opt.group1/lr" in flat(several.telemetry(), prefix="opt.")
 
 
+def test_a_step_of_all_counts_after_one_of_a_parameter_alone():
+    params = parameters(SHAPES)
+    optimizer = Adafactor(params, lr=0.5, relative_step=False, scale_parameter=False, compile=False)
+    set_gradients(params, 0)
+    optimizer.step()
+    optimizer.param_groups[0]["lr"] = 0.25
+    optimizer.step_parameter(params[0], optimizer.param_groups[0], 0)
+    assert optimizer.telemetry()[0].lr == pytest.approx((0.25 + 0.5 * (len(SHAPES) - 1)) / len(SHAPES))
+    optimizer.param_groups[0]["lr"] = 0.125
+    optimizer.step()
+    assert optimizer.telemetry()[0].lr == 0.125
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_what_a_scaler_undoes_was_skipped(path):
+    params = parameters(SHAPES)
+    optimizer = Adafactor(params, capturable=True, **PATHS[path])
+    scaler = torch.amp.GradScaler("cpu", init_scale=8.0)
+    scaler.scale(torch.ones(()))
+    reports = []
+    for scale in (1.0, math.inf, 1.0):
+        set_gradients(params, 1, scale)
+        scaler.step(optimizer)
+        scaler.update()
+        reports += optimizer.telemetry()
+    assert [report.skipped for report in reports] == [0.0, 1.0, 0.0]
+    assert reports[1].update_rms == reports[0].update_rms
+    assert all(math.isfinite(x) for report in reports for x in report)
+
+
+def test_a_group_on_two_devices():
+    """All is brought to one of them."""
+    line = [torch.ones(len(Numbers._fields)), torch.tensor(2.0), torch.tensor(3.0), None]
+    elsewhere = [x if x is None else x.to("meta") for x in line]
+    assert _means([elsewhere, line], torch.device("meta")).shape == (5,)
+
+
 def test_in_backward():
     params = parameters(SHAPES)
     optimizer = Adafactor(params, compile=False)
@@ -107,7 +145,7 @@ class Transfers(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         name = getattr(function, "__name__", "")
-        if name in self.WAYS and not (name == "to" and args[1:] == (torch.float32,)):
+        if name in self.WAYS and not (name == "to" and {*args[1:]} <= {torch.device("cpu"), torch.float32}):
             self.seen.append((name, args[0].numel()))
         return function(*args, **(kwargs or {}))
 

@@ -57,6 +57,10 @@ class Kind(NamedTuple):
         cautious = is_cautious(momentum_of(param.dtype, group))
         return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
 
+    def described(self) -> str:
+        factored = "not factored" if self.dims is None else f"factored over {self.dims}"
+        return factored + ", rounded stochastically" * self.rounds + ", cautious" * self.cautious
+
     def seen(self, param: DTensor) -> DTensor:
         """With its rows and columns last."""
         return cast(DTensor, moved(param, self.dims))
@@ -65,8 +69,9 @@ class Kind(NamedTuple):
 class Exchange:
     """The buffers of the parameters on one mesh, and the process group that adds them up.
 
-    The layout depends on the parameters and not on which of them have a gradient. Ranks that disagree on the gradients
-    thus take part in the same all_reduce, and learn from it that they do.
+    The layout depends on the parameters that are not frozen, and not on which of them have a gradient. Ranks that disagree on
+    the gradients thus take part in the same all_reduce, and learn from it that they do. A frozen parameter takes part while it
+    has a gradient: that, and what is frozen, must be the same on all ranks, or they wait for each other.
 
     Args:
         mesh: the mesh, which this rank is part of.
@@ -78,7 +83,7 @@ class Exchange:
     """
 
     def __init__(self, mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]], kinds: Sequence[Kind]) -> None:
-        _check_agreement(mesh, params)
+        _check_agreement(mesh, params, kinds)
         self.params, self.kinds = params, kinds
         summed = sorted({dim for _, param in params for dim in split_dims(param)})
         self.group = _group_over(mesh, summed)
@@ -208,9 +213,12 @@ def _group_over(mesh: DeviceMesh, dims: list[int]) -> dist.ProcessGroup | None:
     return group
 
 
-def _check_agreement(mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]]) -> None:
-    """Raise RuntimeError on every rank of the mesh unless all ranks list the same parameters."""
-    mine = [f"parameter {i} of shape {tuple(x.shape)}, {x.dtype}, placements {x.placements}" for i, x in params]
+def _check_agreement(mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]], kinds: Sequence[Kind]) -> None:
+    """Raise RuntimeError on every rank of the mesh unless all ranks list the same parameters and options."""
+    mine = [
+        f"parameter {i} of shape {tuple(x.shape)}, {x.dtype}, {kind.described()}, placements {x.placements}"
+        for (i, x), kind in zip(params, kinds, strict=True)
+    ]
     digests = _gathered(mesh, hashlib.sha256("\n".join(mine).encode()).hexdigest())
     if len(set(digests.values())) == 1:
         return

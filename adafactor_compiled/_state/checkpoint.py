@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -41,9 +42,10 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
     def keep_dtypes(_: Optimizer) -> None:
         params = [param for group in optimizer.param_groups for param in group["params"]]
         groups = [group for group in optimizer.param_groups for _ in group["params"]]
-        for position, state in loaded_states(loaded):
-            optimizer.state[params[position]] = adopt(state, params[position], groups[position])
-            complete(optimizer.state[params[position]], params[position], groups[position])
+        states = {i: adopt(state, params[i], groups[i]) for i, state in loaded_states(loaded)}
+        for i, state in states.items():
+            complete(state, params[i], groups[i])
+            optimizer.state[params[i]] = state
 
     hooks = (
         optimizer.register_load_state_dict_pre_hook(prepare),
@@ -65,7 +67,7 @@ def portable(state: State) -> State:
 
 def adopt(loaded: State, param: Tensor, group: Group) -> State:
     """The state of a checkpoint for `param`: copied, in the state's own dtype (never a half-precision parameter's)."""
-    loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0))}
+    loaded = {**loaded, "step": int(loaded["step"]), "RMS": torch.as_tensor(loaded.get("RMS", 0.0)).reshape(())}
     dims = shapes_of(param, {**group, "beta1": 0.0})
     return {key: _adopted(key, value, param, dims) if isinstance(value, Tensor) else value for key, value in loaded.items()}
 
@@ -134,25 +136,25 @@ def _check_loaded(loaded: State, param: Tensor, group: Group, index: int) -> Non
     """Raise ValueError where a checkpoint's state cannot be this parameter's."""
     shape = tuple(param.shape)
     dims = shapes_of(param, {**group, "beta1": 0.0 if "exp_avg" in loaded else None})
-    expected = {key: tuple(shape[dim] for dim in dims[key]) for key in dims if key != "RMS"}
     where = f"of parameter {index} (shape {shape})"
-    missing = [key for key in ("step", *expected) if key not in loaded]
+    missing = [key for key in ("step", *dims) if key not in loaded and key != "RMS"]
     if missing:
         raise ValueError(f"the checkpoint's state {where} lacks {', '.join(missing)}; nothing was loaded")
-    for key, expected_shape in expected.items():
-        value = loaded[key]
-        if not isinstance(value, Tensor) or tuple(value.shape) != expected_shape:
+    step = loaded["step"]
+    if not _is_count(step.item() if isinstance(step, Tensor) and step.numel() == 1 and not step.is_meta else step):
+        raise ValueError(f"the checkpoint's `step` {where} should be a count >= 0 but is: {step!r}; nothing was loaded")
+    for key, of_dims in dims.items():
+        value, expected = loaded.get(key, 0.0), tuple(shape[dim] for dim in of_dims)
+        if key == "RMS" and (isinstance(value, numbers.Real) or getattr(value, "shape", None) == (1,)):
+            value = torch.as_tensor(value).reshape(())
+        if not isinstance(value, Tensor) or tuple(value.shape) != expected:
             was = tuple(value.shape) if isinstance(value, Tensor) else value
             raise ValueError(
-                f"the checkpoint's `{key}` {where} should have shape {expected_shape} but is: {was!r}; nothing was loaded"
+                f"the checkpoint's `{key}` {where} should have shape {expected} but is: {was!r}; nothing was loaded"
             )
-    for key in ("RMS", *expected):
-        value = loaded.get(key, 0.0)
-        if param.numel() and not _is_finite(value):  # the RMS of no elements is NaN
+        if param.numel() and not value.is_meta and not torch.isfinite(value).all():  # the RMS of no elements is NaN
             raise ValueError(f"the checkpoint's `{key}` {where} should be finite but holds NaN or inf; nothing was loaded")
 
 
-def _is_finite(value: Any) -> bool:
-    if not isinstance(value, Tensor):
-        return math.isfinite(value)
-    return value.is_meta or bool(torch.isfinite(value).all())
+def _is_count(value: object) -> bool:
+    return isinstance(value, numbers.Real) and math.isfinite(value) and float(value) >= 0

@@ -8,8 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.nn import Parameter
 
-from adafactor_compiled._state.moments import State
+from adafactor_compiled._state.moments import State, is_to_be_stepped
 from adafactor_compiled._state.options import Group, check_gradient
 
 
@@ -31,18 +32,30 @@ def entries_of(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[E
             position += 1
             grad = param.grad
             if grad is not None:
-                entries.append(Entry(position, param, _without_neg(grad), state[param], group))
+                entries.append(Entry(position, param, _readable(param, grad, position), state[param], group))
     return entries
 
 
-def _without_neg(grad: Tensor) -> Tensor:
-    """The negative bit of a view of a complex tensor, which a kernel would not see, written out."""
-    return grad if torch.compiler.is_compiling() or not grad.is_neg() else grad.resolve_neg()
+def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
+    """A gradient as a kernel can read it: with the negative bit of a view of a complex tensor and zeros without memory, as
+    autograd has them, written out.
+
+    Raises:
+        RuntimeError: the memory of parameter or gradient was given back.
+    """
+    if torch.compiler.is_compiling():
+        return grad
+    if type(grad) is Tensor and not (grad.data_ptr() and (type(param) is not Parameter or param.data_ptr())):
+        for name, x in (("", param), ("the gradient of ", grad)):
+            if x.numel() and not x.is_meta and not x.untyped_storage().nbytes():
+                raise RuntimeError(f"{name}parameter {position} (shape {tuple(x.shape)}) has no memory; nothing was stepped")
+        return grad.clone()
+    return grad.resolve_neg() if grad.is_neg() else grad
 
 
 def entries_of_all(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:
-    """Every parameter that may get a gradient, as if each were its own gradient, with copies of the states."""
-    params = [(param, group) for group in groups for param in group["params"] if param.requires_grad]
+    """Every parameter that may get a gradient and has a shape, as if each were its own gradient, with copies of the states."""
+    params = [(param, group) for group in groups for param in group["params"] if is_to_be_stepped(param)]
     return [Entry(-1, param, param.detach(), dict(state.get(param, {})), group) for param, group in params]
 
 
@@ -56,7 +69,7 @@ def entry_of(param: Tensor, group: Group, i: int, groups: Sequence[Group], state
     position, grad = sum(len(other["params"]) for other in groups[:index]) + i, param.grad
     assert grad is not None
     check_gradient(param, grad, position)
-    return Entry(position, param, _without_neg(grad), state[param], group)
+    return Entry(position, param, _readable(param, grad, position), state[param], group)
 
 
 def path_of(group: Group, param: Tensor | None = None) -> str:

@@ -21,7 +21,7 @@ def checked_parameters(group: Group, defaults: Group, groups: Sequence[Group]) -
     """
     names.check_names(group)
     merged = {**defaults, **group}
-    if "lr" in group:
+    if "lr" in group and not options.OPTIONS.keys() <= group.keys():  # in another optimizer's group it may be a report
         options.check_manual_lr(group["lr"], merged["relative_step"])
     options.check_options(merged, f" (parameter group {len(groups)})")
     params = group["params"]

@@ -19,6 +19,7 @@ State = dict[str, Any]
 
 
 SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+KEYS = ("step", "RMS", "exp_avg", *SECOND_MOMENTS)  # ours; users keep other things in a state
 
 
 class Momentum(NamedTuple):
@@ -92,6 +93,8 @@ def complete(state: State, param: Tensor, group: Group) -> None:
     if lost and not torch.compiler.is_compiling() and state.get("step", 0) > 0:
         warnings.warn("state on the meta device begins anew; load checkpoints once parameters have memory", stacklevel=2)
     step = 0 if lost else state.get("step", 0)
+    if isinstance(step, Tensor) and is_left_by_inference(step):
+        step = step.clone()
     # An int would be part of an outer compiled graph: one graph for each step. What is in a tensor stays there, unread.
     if group["capturable"] or torch.compiler.is_compiling() or isinstance(step, Tensor):
         state["step"] = torch.as_tensor(step, dtype=torch.float32, device=param.device)
@@ -110,11 +113,30 @@ def complete(state: State, param: Tensor, group: Group) -> None:
                 torch._dynamo.mark_static_address(value)
 
 
+def is_to_be_stepped(param: Tensor) -> bool:
+    """Whether it may get a gradient, as far as its shape is known."""
+    return param.requires_grad and not isinstance(param, UninitializedParameter)
+
+
+def is_left_by_inference(x: Tensor) -> bool:
+    """Whether it was made in an inference mode that has ended: it cannot be written to any more."""
+    return not torch.compiler.is_compiling() and x.is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _is_unwritable(x: Tensor) -> bool:
+    """Or with the negative bit, which a kernel would not see."""
+    return not torch.compiler.is_compiling() and (x.is_neg() or is_left_by_inference(x))
+
+
+def own_tensors(state: State) -> list[Tensor]:
+    """What a step may write to."""
+    return [x for key, x in state.items() if key in KEYS and isinstance(x, Tensor)]
+
+
 def complete_all(states: dict[Any, State], group: Group) -> None:
-    """The same for the parameters of a group that are to be stepped and have a shape."""
-    for param in group["params"]:
-        if param.requires_grad and not isinstance(param, UninitializedParameter):
-            complete(states[param], param, group)
+    """The same for the parameters of a group that are to be stepped."""
+    for param in filter(is_to_be_stepped, group["params"]):
+        complete(states[param], param, group)
 
 
 def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:
@@ -132,7 +154,7 @@ def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:
 def _fitted(value: Any, key: str, dims: list[int], param: Tensor, dtype: torch.dtype) -> Tensor:
     """The tensor itself, where it fits; zeros for none."""
     shape = [param.shape[dim] for dim in dims]
-    fits = isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device
+    fits = isinstance(value, Tensor) and value.dtype == dtype and value.device == param.device and not _is_unwritable(value)
     if isinstance(param, DTensor) and key != "RMS":
         if value is None:
             return placements.zeros(param, dims, dtype)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch.distributed.tensor import DTensor
@@ -16,6 +16,12 @@ REMEDIES = {
     "_rms": "override `_get_lr` to scale the learning rate otherwise, or set `clip_threshold`",
     "_approx_sq_grad": "pass a parameter as a vector (`param.view(-1)`) to keep its whole second moment",
 }
+
+
+def check_all(optimizer: object, own: Mapping[str, Callable[..., Any]]) -> None:
+    """Refuse what was overridden since, on the class perhaps; `own` are the parts by name."""
+    for name in REMEDIES:
+        check(name, getattr(optimizer, name), own[name])
 
 
 def check(name: str, value: object, own: Callable[..., Any]) -> None:

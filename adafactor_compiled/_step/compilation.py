@@ -14,16 +14,11 @@ from adafactor_compiled._step.plan import Plan
 
 
 class Compilation:
-    """Of one optimizer."""
+    """Of one optimizer; `failed`: whether it was tried and could not be done."""
 
-    def __init__(self) -> None:
-        self._failed = False
+    def __init__(self, failed: bool) -> None:
+        self.failed = failed
         self._ready: list[tuple[Plan, int]] = []  # what is known to have all its passes, and in which environment
-
-    @property
-    def failed(self) -> bool:
-        """Whether it was tried and could not be done."""
-        return self._failed
 
     def compiles(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
         """Whether the calls of a plan run compiled, as passes or as part of an outer graph.
@@ -33,8 +28,8 @@ class Compilation:
         """
         if torch.compiler.is_compiling():
             return True
-        if self._failed or not plan.passes:
-            return not self._failed
+        if self.failed or not plan.passes:
+            return not self.failed
         if (reason := reason_not_to_compile()) is not None:
             return self._give_up(groups, *reason)
         try:
@@ -52,7 +47,7 @@ class Compilation:
     def _give_up(self, groups: Sequence[Group], cause: str, remedy: str, error: Exception | None = None) -> bool:
         if any(group["compile"] for group in groups):
             raise RuntimeError(f"`compile=True` needs torch.compile to work but {cause}; {remedy}") from error
-        self._failed = True
+        self.failed = True
         warnings.warn(
             f"Adafactor steps without torch.compile, since {cause}; {remedy}, or pass `compile=False`, which takes the same "
             "multi-tensor path without this warning",

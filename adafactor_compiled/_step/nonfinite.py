@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import own_tensors
 from adafactor_compiled._state.placements import local
 
 
@@ -31,7 +32,7 @@ def kept_of(entries: list[Entry], update_rms: list[Tensor]) -> list[Kept | None]
 
 def _kept(entry: Entry, update_rms: Tensor) -> Kept:
     entry.state["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32, device=entry.param.device)
-    tensors = [local(x) for x in (entry.param, update_rms, *entry.state.values()) if isinstance(x, Tensor)]
+    tensors = [local(x) for x in (entry.param, update_rms, *own_tensors(entry.state))]
     return Kept(torch.isfinite(local(entry.grad)).all(), tensors, [x.detach().clone() for x in tensors])
 
 

@@ -13,7 +13,7 @@ from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
-from adafactor_compiled._state.moments import check, complete
+from adafactor_compiled._state.moments import check, complete, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
 from adafactor_compiled._state.views import is_moved, with_dims_last
@@ -122,8 +122,9 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
     """Whether a plan is for these entries, as they are now."""
     if len(plan.made_for) != len(entries) or not entries:
         return False
-    if type(plan.update_rms[0]) is not type(entries[0].state.get("RMS")):  # made in a mode that has ended, or has begun
-        return False
+    made = plan.update_rms[0]
+    if type(made) is not type(entries[0].state.get("RMS")) or is_left_by_inference(made):
+        return False  # made in a mode that has ended, or has begun
     options: dict[int, tuple[Any, ...]] = {}
     for (_, p, g, state, group), was in zip(entries, plan.made_for, strict=True):
         if id(group) not in options:
@@ -135,6 +136,7 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
             or g.layout is not STRIDED
             or g.stride() != was.grad_stride
             or p.stride() != was.stride
+            or p.is_neg()
             or p.shape != was.shape
             or g.shape != was.shape
             or p.device != was.device
@@ -152,7 +154,7 @@ def _class_of(entry: Entry) -> ShapeClass:
     tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
     # A class of parameters may be derived from Parameter for its name alone.
     plain = all(type(x) is Tensor for x in tensors) and (type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor)
-    return shape_class_of(param, grad, group, plain)
+    return shape_class_of(param, grad, group, plain and not param.is_neg())
 
 
 def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) -> list[Part]:

@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.moments import own_tensors
 from adafactor_compiled._state.options import Group
 
 
@@ -51,13 +52,25 @@ class Scaling(NamedTuple):
         ]
 
     @contextmanager
-    def undone_if_overflowed(self, entries: list[Entry]) -> Iterator[None]:
-        """Put parameters and state back as they were, bit for bit, if a gradient overflowed."""
+    def undone_if_overflowed(self, entries: list[Entry], update_rms: list[Tensor]) -> Iterator[None]:
+        """Put parameters, state and `update_rms` back as they were, bit for bit, if a gradient overflowed."""
         for _, param, _, state, _ in entries:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-        tensors = [x for entry in entries for x in (entry.param, *entry.state.values()) if isinstance(x, Tensor)]
+        tensors = [*(x for entry in entries for x in (entry.param, *own_tensors(entry.state))), *update_rms]
         before = [x.clone() for x in tensors]
         yield
-        overflowed = {x.device: self.found_inf.to(x.device, non_blocking=True) > 0 for x in tensors}
-        for x, old in zip(tensors, before, strict=True):
-            x.copy_(torch.where(overflowed[x.device], old, x))
+        for x, old, overflowed in zip(tensors, before, self._overflowed(tensors), strict=True):
+            x.copy_(torch.where(overflowed, old, x))
+
+    def skipped(self, params: list[Tensor], skipped: list[Tensor | None]) -> list[Tensor | None]:
+        """Whether each parameter was skipped, 0-dim: for an overflow, or as `skipped` has it."""
+        return [
+            overflowed if flag is None else overflowed | flag
+            for overflowed, flag in zip(self._overflowed(params), skipped, strict=True)
+        ]
+
+    def _overflowed(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Whether any gradient did, 0-dim, on the device of each tensor."""
+        overflowed = (self.found_inf > 0).reshape(())
+        on = {device: overflowed.to(device, non_blocking=True) for device in {x.device for x in tensors}}
+        return [on[x.device] for x in tensors]

@@ -29,7 +29,7 @@ class Stepper:
         # Of the whole step under None, and of each parameter that is stepped alone.
         self._plans: dict[Tensor | None, Plan] = {}
         self.records: dict[Tensor | None, Record] = {}
-        self.compilation = Compilation()
+        self.compilation: Compilation = Compilation(failed=last is not None and last.compilation.failed)
         self._exchanges: Sequence[Exchange] = () if last is None else last._exchanges
         self._captured: bool = last is not None and last._captured  # whether a CUDA graph has a step
 
@@ -58,5 +58,11 @@ class Stepper:
         if alone is None:
             self._exchanges = exchanges_of(groups, self._exchanges)
         exchanges = self._exchanges if alone is None else ()
-        with nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries), counts_kept_true(entries):
-            self.records[alone] = run(plan, entries, exchanges, compiles)
+        undone = nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries, plan.update_rms)
+        with undone, counts_kept_true(entries):
+            record = run(plan, entries, exchanges, compiles)
+        if alone is None:  # what was stepped alone before is of the past
+            self._plans, self.records = {None: plan}, {}
+        if of_scaler is not None:
+            record = record._replace(skipped=of_scaler.skipped(record.params, record.skipped))
+        self.records[alone] = record

@@ -102,7 +102,8 @@ def _step_in_parts(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
 
 def _over_columns(squared: Tensor, col: Tensor) -> Tensor:
     """The sum over the columns of squared / col, of a matrix."""
-    scale = col.min().sqrt() * col.max().sqrt()  # 1 / col might overflow, and underflow beside another
+    # 1 / col might overflow, and underflow beside another; a column whose mean has overflowed counts nothing.
+    scale = col.min().sqrt() * col.max().clamp(max=torch.finfo(col.dtype).max).sqrt()
     return torch.mv(squared, scale / col).div_(scale)
 
 
@@ -115,7 +116,7 @@ def _over_rows(squared: Tensor, row: Tensor) -> Tensor:
 
 def _step_size(rms: Tensor, numbers: Numbers) -> Tensor:
     """With the sign of the step."""
-    lr = numbers.lr.to(rms).reshape(()) if isinstance(numbers.lr, Tensor) else numbers.lr
+    lr = numbers.lr.to(rms) if isinstance(numbers.lr, Tensor) else numbers.lr
     scale = rms.clamp(min=numbers.min_scale) if numbers.scale_parameter else torch.ones_like(rms)
     alpha: Tensor = scale * (numbers.sign * lr)
     return alpha

@@ -57,7 +57,10 @@ def relative_lr(group: Group, step: Any) -> Any:
 
 
 def unscaled_lr(group: Group, step: Any) -> Any:
-    return relative_lr(group, step) if group["relative_step"] else group["lr"]
+    if group["relative_step"]:
+        return relative_lr(group, step)
+    lr = group["lr"]
+    return lr.reshape(()) if isinstance(lr, Tensor) else lr  # it may have a dimension of size 1
 
 
 def one_minus_beta2_of(group: Group, step: Any) -> Any:
@@ -148,8 +151,6 @@ def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.de
             filled = torch.ones(shape, dtype=dtype, device=device) * value
             return filled
         return torch.full(shape, value, dtype=dtype, device=device)
-    if value.numel() == 1:
-        value = value.reshape(())
     filled = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
     return filled
 
@@ -177,9 +178,9 @@ def step_size(numbers: Numbers, param_rms: Tensor) -> Tensor:
 
 
 def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
-    """What the update is divided by, so that its RMS does not exceed the threshold."""
+    """What the update is divided by, so that its RMS does not exceed the threshold; 1 for none, whatever the RMS is."""
     ratio: Tensor = update_rms / numbers.clip_threshold
-    return ratio.clamp(min=1.0)
+    return torch.where(numbers.clip_threshold == math.inf, 1.0, ratio.clamp(min=1.0))
 
 
 def scale_and_decay(numbers: Numbers, param_rms: Tensor, update_rms: Tensor) -> tuple[Tensor, Tensor]:

@@ -161,6 +161,22 @@ print(json.dumps([said, same(params_of(optimizer), params_of(expected))]))
     assert len(on) == 1
 
 
+def test_a_checkpoint_brings_no_second_try(tmp_path: Path) -> None:
+    """Nor a second warning."""
+    body = """
+optimizer = Adafactor(make())
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(3):
+        optimizer.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+print(json.dumps([str(w.message) for w in caught if "Adafactor" in str(w.message)]))
+"""
+    ran = run(KINDS["no compiler"], tmp_path, body)
+    assert ran.code == 0, ran.complaints[-3000:]
+    assert len(json.loads(ran.printed.splitlines()[-1])) == 1
+
+
 def test_a_torch_that_crashes_after_the_end_of_a_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(toolchain, "_dies_with_threads", lambda: True)
     assert toolchain.reason_not_to_compile() is None  # this is the main thread

@@ -113,6 +113,26 @@ def test_other_lists(ranks):
     ranks(4).run(check_other_lists)
 
 
+def check_other_options() -> None:
+    """On which the layout of what is added up depends: it would be another one on each rank."""
+    for options, said in (
+        ({"min_dim_size_to_factor": 8}, "not factored"),
+        ({"cautious": True}, "cautious"),
+        ({"stochastic_rounding": True}, "rounded stochastically"),
+    ):
+        params = [p.bfloat16() for p in sharded_parameters()]
+        of_rank = options if dist.get_rank() == 1 else {}
+        optimizer = Adafactor([nn.Parameter(p.detach()) for p in params], beta1=0.9, compile=False, **of_rank)
+        for p in optimizer.param_groups[0]["params"]:
+            p.grad = torch.ones_like(p)
+        with pytest.raises(RuntimeError, match=rf"same DTensor parameters but .* on rank 0 and .*{said}.* on rank 1"):
+            optimizer.step()
+
+
+def test_other_options(ranks):
+    ranks(2).run(check_other_options)
+
+
 def check_wrong_kind() -> None:
     """A DTensor gradient of a plain parameter, and a plain one of a DTensor."""
     (sharded,) = sharded_parameters([(4, 3)])

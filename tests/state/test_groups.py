@@ -8,10 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from parameters import parameters, params_of, set_gradients
+from paths import PATHS
 from torch import Tensor
 from transformers.optimization import Adafactor as TransformersAdafactor
 
-from adafactor_compiled import Adafactor
+from adafactor_compiled import Adafactor, AdafactorSchedule
 from adafactor_compiled._state.names import option_meant
 from adafactor_compiled._state.options import OPTIONS
 
@@ -117,6 +119,30 @@ def test_values_become_those_of_python(option: str, value: Any) -> None:
 def test_lr_that_is_a_tensor_stays_that_tensor() -> None:
     lr = torch.tensor(1e-3)
     assert Adafactor([torch.ones(3, requires_grad=True)], lr=lr, relative_step=False).param_groups[0]["lr"] is lr
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_lr_with_a_dimension(path: str) -> None:
+    """Of size 1: as without it, also for a parameter without dimensions."""
+    stepped = []
+    for lr in (torch.tensor(0.5), torch.tensor([0.5])):
+        params = parameters([(6, 4), (5,), ()])
+        optimizer = Adafactor(params, lr=lr, relative_step=False, **PATHS[path])
+        for step in range(2):
+            set_gradients(params, step)
+            optimizer.step()
+        stepped.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*stepped, strict=True))
+
+
+def test_groups_of_another_optimizer() -> None:
+    """Whose `lr` is what a schedule has reported there; it is not read."""
+    other = Adafactor(parameters([(3, 4)]), compile=False)
+    AdafactorSchedule(other)
+    set_gradients(params_of(other), 0)
+    other.step()
+    assert other.param_groups[0]["lr"] is not None
+    assert Adafactor(other.param_groups).param_groups[0]["relative_step"] is True
 
 
 @pytest.mark.parametrize("path", [{"foreach": False}, {"compile": False}, {"foreach": np.bool_(False)}], ids=str)

@@ -149,6 +149,29 @@ def test_a_gradient_that_is_not_finite_spoils_its_own_parameter_alone(path, valu
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_without_clipping_a_vector_is_spoiled_where_its_gradient_is(path):
+    """Also among others that are stepped with it."""
+    params = parameters([(50,), (50,), (40,), (30,), (20,)])
+    optimizer = Adafactor(params, clip_threshold=None, **PATHS[path])
+    set_gradients(params, 0)
+    params[0].grad[3] = torch.inf
+    optimizer.step()
+    assert params[0].isnan().nonzero().flatten().tolist() == [3]
+    assert all(bool(torch.isfinite(p).all()) for p in params[1:])
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_column_whose_mean_overflows_spoils_nothing(path):
+    params = parameters([(300, 40)])
+    optimizer = Adafactor(params, **PATHS[path])
+    set_gradients(params, 0)
+    params[0].grad[:, 5] = 3e18
+    optimizer.step()
+    assert torch.isinf(optimizer.state[params[0]]["exp_avg_sq_col"]).nonzero().flatten().tolist() == [5]
+    assert torch.isfinite(params[0]).all()
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("capturable", [False, True])
 def test_skip_leaves_a_parameter_and_its_state_untouched_and_steps_the_others(path, capturable):
     """As if the spoiled gradients had not been there at all: the twin gets None in their place."""
@@ -183,6 +206,18 @@ def test_what_is_skipped_is_bit_equal(path):
     optimizer.step()
     assert repr(optimizer.state_dict()) == repr(before[0])
     assert all(torch.equal(p, q) for p, q in zip(params, before[1], strict=True))
+
+
+@pytest.mark.parametrize("options", [{"nonfinite": "skip"}, {"capturable": True}], ids=str)
+def test_what_others_keep_in_the_state_is_left_alone(options):
+    """By a step that may have to be undone, too: a sparse tensor could not be put back."""
+    params = parameters(SHAPES)
+    optimizer = Adafactor(params, compile=False, **options)
+    kept = optimizer.state[params[0]]["theirs"] = torch.eye(3).to_sparse()
+    set_gradients(params, 0)
+    optimizer.found_inf = torch.ones(1) if "capturable" in options else None
+    optimizer.step()
+    assert optimizer.state[params[0]]["theirs"] is kept
 
 
 def test_skip_is_an_option_of_a_group():

@@ -1,15 +1,18 @@
-"""Gradients in layouts of their own, shared ones, and one that is refused."""
+"""Gradients in layouts of their own, shared ones, what has no memory, and one that is refused."""
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
 
+import pytest
 import torch
 from parameters import params_of
+from paths import PATHS
 from torch import Tensor
 
-from safety.cases import assert_same, case, check_error, check_steps, give_gradients, made, plain, reference_of
+from adafactor_compiled import Adafactor
+from safety.cases import SHAPES, assert_same, case, check_error, check_steps, give_gradients, made, plain, reference_of
 
 
 def negative(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -45,6 +48,7 @@ GRADIENTS: dict[str, Callable[[tuple[int, ...], torch.Generator], Tensor]] = {
     ),
     "overlapping": overlapping,
     "odd addresses": odd,
+    "zeros without memory": lambda shape, _: torch._efficientzerotensor(shape),
 }
 
 
@@ -65,6 +69,38 @@ def step_gradients(path: str, of: Callable[[tuple[int, ...], torch.Generator], T
 for name, of_shape in GRADIENTS.items():
     for before in (0, 2):
         case("gradients", f"{name}, {before} steps before")(functools.partial(step_gradients, of=of_shape, before=before))
+
+
+@case("gradients", "gradients whose memory was given back")
+def free_gradients(path: str) -> None:
+    _, optimizer = made(path, before=1)
+    freed = params_of(optimizer)[2].grad
+    assert freed is not None
+    freed.untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"the gradient of parameter 2 .* has no memory; nothing was stepped"):
+        optimizer.step()
+    check_steps(optimizer, path)
+
+
+@case("gradients", "a parameter whose memory was given back")
+def free_parameter(path: str) -> None:
+    _, optimizer = made(path, before=1)
+    give_gradients(optimizer, 50)
+    storage = params_of(optimizer)[2].untyped_storage()
+    size = storage.size()
+    storage.resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 2 .* has no memory; nothing was stepped"):
+        optimizer.step()
+    storage.resize_(size)
+    params_of(optimizer)[2].data.zero_()
+    check_steps(optimizer, path)
+
+
+@case("gradients", "a parameter with the negative bit")
+def negative_parameter(path: str) -> None:
+    params = [torch.nn.Parameter(torch._neg_view(torch.randn(shape))) for shape in SHAPES]
+    assert all(p.is_neg() for p in params)
+    check_steps(Adafactor(params, weight_decay=0.1, **PATHS[path]), path)
 
 
 @case("gradients", "one gradient of several parameters")

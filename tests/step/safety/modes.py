@@ -76,6 +76,17 @@ NAMED: dict[str, dict[str, Any]] = {
 }
 
 
+for name in ("plain", "momentum", "capturable", "nonfinite"):
+    case("modes", f"in an inference mode and out of it again, {name}")(
+        functools.partial(step_in, around=torch.inference_mode, before=1, **NAMED[name])
+    )
+
+
+@case("modes", "the first step in an inference mode")
+def first_in_inference_mode(path: str) -> None:
+    step_in(path, torch.inference_mode, before=0)
+
+
 def name_devices(path: str, options: dict[str, Any]) -> None:
     """The passes uncompiled: inside them devices are named as well."""
     with compiled_by(uncompiled), pytest.MonkeyPatch.context() as patch:

@@ -51,6 +51,7 @@ REPLACED: dict[str, tuple[Callable[[Tensor], Any], tuple[str, ...], str | None]]
     "state strided": (strided, ALL, None),
     "state as parts of rows": (wider, ALL, None),
     "state transposed": (lambda x: x.mT.contiguous().mT if x.ndim == 2 else x, ("exp_avg",), None),
+    "state with the negative bit": (lambda x: torch._neg_view(-x), ALL, None),
     "state expanded": (lambda x: x.new_tensor(0.5).expand(x.shape), ALL, None),
     "state without memory": (lambda x: x.to("meta"), ALL, None),
     "RMS an int": (lambda x: 0, ("RMS",), None),
