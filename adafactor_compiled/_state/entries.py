@@ -24,6 +24,9 @@ class Entry(NamedTuple):
     group: Group
 
 
+PLAIN = (Tensor, Parameter)
+
+
 def entries_of(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:
     """The parameters that have a gradient."""
     entries, position = [], -1
@@ -45,7 +48,8 @@ def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return grad
-    if type(grad) is Tensor and not (grad.data_ptr() and (type(param) is not Parameter or param.data_ptr())):
+    plain = type(grad) is Tensor and type(param) in PLAIN and grad.layout is param.layout is torch.strided
+    if plain and not (grad.data_ptr() and param.data_ptr()):
         for name, x in (("", param), ("the gradient of ", grad)):
             if x.numel() and not x.is_meta and not x.untyped_storage().nbytes():
                 raise RuntimeError(f"{name}parameter {position} (shape {tuple(x.shape)}) has no memory; nothing was stepped")
