@@ -28,8 +28,10 @@ def run(session: pytest.Session) -> bool | None:
     if session.testsfailed or session.config.option.collectonly or len(session.items) <= MANY or os.cpu_count() == 1:
         return None
     if is_second():
-        _run_what_is_left(session, Path(os.environ[DIRECTORY]))
-        _leave(tolerances.largest_errors)
+        try:
+            _run_what_is_left(session, Path(os.environ[DIRECTORY]))
+        finally:  # also where the first failure ends it
+            _leave(tolerances.largest_errors)
     else:
         _run_with_another(session)
     return True

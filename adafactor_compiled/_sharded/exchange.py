@@ -138,13 +138,8 @@ class Exchange:
         self._unread = present.to("cpu", non_blocking=True), expected, copied
         copied.record()
 
-    def sum_second(self) -> None:
-        self._sum(self.second)
-
-    def sum_third(self) -> None:
-        self._sum(self.third)
-
-    def _sum(self, buffer: Tensor) -> None:
+    def sum(self, buffer: Tensor) -> None:
+        """Add up another buffer."""
         if buffer.numel() and self.group is not None:
             dist.all_reduce(buffer, group=self.group)
 

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Any
 
 from torch import Tensor
 
@@ -55,12 +53,11 @@ class Piece:
     Args:
         x: the piece; its leading dimensions are slices.
         run: runs a pass, see chunks.py.
-        compiled: whether `run` compiles.
+        compiled: whether `run` compiles; see `can_compile`.
     """
 
     def __init__(self, x: Member, run: Run, compiled: bool) -> None:
-        compiled = compiled and can_compile(x.p, x.g)
-        self.x, self.run = x, run if compiled else _run_eagerly
+        self.x, self.run = x, run
         self.lead = x.p.shape[:-2]
         self.blocking = _blocking(tuple(x.p.shape), compiled)
 
@@ -156,7 +153,3 @@ class Piece:
         exp_avg = None if exp_avg is None else exp_avg.view(sizes)
         row, g = x.row.reshape(sizes[:-1]), x.g.reshape(sizes)
         self.run(matrices.apply, sizes, p.view(sizes), g, row, exp_avg, *factors, x.table, x.draws, share)
-
-
-def _run_eagerly(function: Callable[..., Any], _: tuple[int, ...], *arguments: Any) -> Any:
-    return function(*arguments)

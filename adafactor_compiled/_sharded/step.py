@@ -7,7 +7,7 @@ all_reduce every rank has what it needs of the whole parameters. Which sums thes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -29,7 +29,7 @@ from adafactor_compiled._update import vectors
 from adafactor_compiled._update.chunks import Run, vector_shape
 from adafactor_compiled._update.matrices import Averages, Factors, Sums, averages, finish
 from adafactor_compiled._update.members import Member
-from adafactor_compiled._update.pieces import moving_average
+from adafactor_compiled._update.numbers import Numbers, moving_average
 from adafactor_compiled._update.rounding import draws_of_entries
 
 
@@ -76,7 +76,7 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
     slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
     for exchange in exchanges:
         exchange.clear()
-    pieces = list(_pieces_of(_with_draws(jobs, slots), slots))
+    pieces = [KINDS[slots[job.entry.position].split](job, slots[job.entry.position]) for job in _with_draws(jobs, slots)]
     for piece in pieces:
         piece.first()
         if piece.entry.group["nonfinite"] == "skip":
@@ -86,11 +86,11 @@ def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor
     for piece in pieces:
         piece.second()
     for exchange in exchanges:
-        exchange.sum_second()
+        exchange.sum(exchange.second)
     for piece in pieces:
         piece.third()
     for exchange in exchanges:
-        exchange.sum_third()
+        exchange.sum(exchange.third)
     for piece in pieces:
         piece.finish()
     asking = [job.entry.position for job in jobs if job.entry.group["nonfinite"] == "skip"]
@@ -104,12 +104,6 @@ def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
     origins = [slots[x.position].origin or origin_in(x.param, x.group, x.position) for x in rounding]
     draws = dict(zip((x.position for x in rounding), draws_of_entries(rounding, origins), strict=True))
     return [job._replace(draws=draws.get(job.entry.position)) for job in jobs]
-
-
-def _pieces_of(jobs: Sequence[Job], slots: dict[int, Slot]) -> Iterator[_Piece]:
-    for job in jobs:
-        slot = slots[job.entry.position]
-        yield KINDS[slot.split](job, slot)
 
 
 def _rounds(entry: Entry) -> bool:
@@ -161,7 +155,7 @@ class _Piece:
 
     def __init__(self, job: Job, slot: Slot) -> None:
         self.job, self.slot, self.entry, self.table = job, slot, job.entry, job.table
-        self.numel = job.entry.param.numel()
+        self.numbers, self.numel = Numbers.of(job.table), job.entry.param.numel()
         self.grad = local_grad(job.entry)  # placed as the parameter is
 
     def first(self) -> None:
@@ -203,7 +197,8 @@ class _Matrix(_Piece):
         row, col = self.row.clone(memory_format=torch.contiguous_format), local(state["exp_avg_sq_col"])
         exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
         self.x = Member(local(job.entry.param), self.grad, row, col, None, exp_avg, None, job.table, job.draws)
-        self.piece = Piece(self.x, _runner(job, job.compiles), job.compiles)
+        compiles = job.compiles and can_compile(self.x.p, self.x.g)
+        self.piece = Piece(self.x, _runner(job, compiles), compiles)
 
     def third(self) -> None:
         self.f, self.rms = self.factors()
@@ -250,11 +245,11 @@ class _Columns(_Matrix):
 
     def first(self) -> None:
         sums = self.piece.plain_sums()
-        self.col = moving_average(self.x.col, sums.col_sq / self.rows, self.table)
+        self.col = moving_average(self.x.col, sums.col_sq / self.rows, self.numbers)
         self.slot.add(param_sq=sums.param_sq, row_sq=sums.row_sq, weighted_sq=self.piece.weighted_rows(self.col))
 
     def averages(self) -> Averages:
-        row = moving_average(self.x.row, self.summed("row_sq") / self.columns, self.table)
+        row = moving_average(self.x.row, self.summed("row_sq") / self.columns, self.numbers)
         row_mean = row.mean(-1)
         self.x.row.copy_(row)
         return Averages(row_mean, self.col, (self.summed("weighted_sq") * (row_mean.unsqueeze(-1) / row)).sum())
@@ -274,8 +269,8 @@ class _Grid(_Matrix):
 
     def second(self) -> None:
         row_sq, col_sq = self.summed("row_sq")[self.of_rows], self.summed("col_sq")[self.of_columns]
-        row = moving_average(self.x.row, row_sq / self.columns, self.table)
-        self.col = moving_average(self.x.col, col_sq / self.rows, self.table)
+        row = moving_average(self.x.row, row_sq / self.columns, self.numbers)
+        self.col = moving_average(self.x.col, col_sq / self.rows, self.numbers)
         self.x.row.copy_(row)
         if self.slot.counts:
             self.slot.second["weighted_sq"][self.lead].copy_((self.piece.weighted_rows(self.col) / row).sum(-1))

@@ -15,8 +15,8 @@ from adafactor_compiled._state.entries import Entry
 def counts_kept_true(entries: Sequence[Entry]) -> Iterator[None]:
     """Take the step counts back of parameters that were not stepped, where the body raises, and note which were.
 
-    The write of a parameter comes last, so that a new version of its tensor means that it was stepped (a matrix that is stepped
-    in chunks perhaps in part). The second moments of a parameter that was not stepped may already hold its gradient, which the
+    A new version of its tensor means that a parameter was stepped, perhaps in part: a matrix in chunks, or what was interrupted
+    between its writes. The second moments of a parameter that was not stepped may already hold its gradient, which the
     next step then adds once more.
     """
     versions = [_version(entry.param) for entry in entries]

@@ -1,4 +1,4 @@
-"""Steps by eager operations on a CPU, one parameter at a time.
+"""The multi-tensor path on a CPU: eager operations, one parameter at a time.
 
 There an operation of `torch._foreach_*` is a loop over its members, each of which it takes from memory and puts back there.
 Going through one parameter, or a part of it, with all operations before the next one comes leaves it in cache in between.
@@ -11,13 +11,13 @@ import math
 import torch
 from torch import Tensor
 
+from adafactor_compiled._update import kernels
 from adafactor_compiled._update.blocks import eager_blocking_of
 from adafactor_compiled._update.members import Member
 from adafactor_compiled._update.momentum import cautious
 from adafactor_compiled._update.numbers import Numbers
 from adafactor_compiled._update.rounding import draws_from, noise_of_member, write
 
-MOST = 16  # elements of kernels of convolutions, which are quicker as a whole
 WHOLE_NUMEL = 524_288  # elements that are stepped as a whole: 2 MB in float32, and as much for the update
 
 
@@ -31,7 +31,7 @@ def step_parameter(x: Member, numbers: Numbers, rms: Tensor, update_rms: Tensor)
         update_rms: receives the RMS of the update before clipping.
     """
     in_parts = x.row is not None and not x.cautious
-    in_parts = in_parts and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > MOST
+    in_parts = in_parts and x.p.numel() > WHOLE_NUMEL and x.p.shape[-2:].numel() > kernels.MOST  # those are quicker as a whole
     in_parts = in_parts and all(of.is_contiguous() for of in (x.p, x.g, x.row, x.col))
     (_step_in_parts if in_parts else _step_whole)(x, numbers, rms, update_rms)
 

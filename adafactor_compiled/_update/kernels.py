@@ -12,7 +12,7 @@ from torch import Tensor
 from adafactor_compiled._update.matrices import materialize, static, sum_twice, total
 from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.momentum import cautious, with_momentum
-from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
+from adafactor_compiled._update.numbers import Numbers, moving_average, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import half_of, noise_of, noise_of_member, write
 
 MOST = 16  # elements of a slice that are worth unrolling: the graph and its compile time grow with them
@@ -28,8 +28,8 @@ def kernel_statistics(p: Tensor, g: Tensor, row: Tensor, col: Tensor, table: Ten
     for size in (*row.shape[1:], *col.shape[1:]):
         static(size)  # strides of a number that is not known take three times as long
     squared = [[g[:, i, j].to(table.dtype).square() for j in range(columns)] for i in range(rows)]
-    new_row = [_average(row[:, i], _mean(squared[i]), numbers) for i in range(rows)]
-    new_col = [_average(col[:, j], _mean([squared[i][j] for i in range(rows)]), numbers) for j in range(columns)]
+    new_row = [moving_average(row[:, i], _mean(squared[i]), numbers) for i in range(rows)]
+    new_col = [moving_average(col[:, j], _mean([squared[i][j] for i in range(rows)]), numbers) for j in range(columns)]
     # The sum of the rows last: beside large ones, its ratio to a row or column without gradient would overflow.
     weight = [1.0 / x for x in new_col]
     terms = [_sum([squared[i][j] * weight[j] for j in range(columns)]) / new_row[i] for i in range(rows)]
@@ -92,8 +92,8 @@ def _step(x: Member) -> Tensor:
     rows, columns = (static(size) for size in x.g.shape[1:])
     p, g = x.p.to(x.table.dtype), x.g.to(x.table.dtype)
     squared = g.square()
-    row = materialize(_average(x.row, squared.sum(-1) / columns, numbers))
-    col = materialize(_average(x.col, squared.sum(-2) / rows, numbers))
+    row = materialize(moving_average(x.row, squared.sum(-1) / columns, numbers))
+    col = materialize(moving_average(x.col, squared.sum(-2) / rows, numbers))
     row_mean = row.sum(-1) / rows
     of_slices = (squared / row.unsqueeze(-1) / col.unsqueeze(-2)).sum(-1).sum(-1) * row_mean
     rms, update_rms = (root_mean(total(of), numel) for of in (p.square().sum(-1).sum(-1), of_slices))
@@ -119,8 +119,3 @@ def _sum(terms: list[Tensor]) -> Tensor:
 
 def _mean(terms: list[Tensor]) -> Tensor:
     return _sum(terms) * (1 / len(terms))  # seven divisions less in a loop that has six others
-
-
-def _average(old: Tensor, mean: Tensor, numbers: Numbers) -> Tensor:
-    new: Tensor = old * numbers.beta2 + (mean + numbers.eps) * numbers.one_minus_beta2
-    return new

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.momentum import agreeing, cautious, momentum, with_momentum
-from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
+from adafactor_compiled._update.numbers import Numbers, moving_average, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import Along, along, half_of, noise_between, write
 
 
@@ -108,7 +108,7 @@ def _statistics(p: Tensor, g: Tensor, row: Tensor, ones: Tensor | None, table: T
     p, g = p.view_as(g).to(table.dtype), g.to(table.dtype)
     # Additions wait for the ones before them, so that two sums in one loop take little longer than one: a tenth of a step.
     row_sq, param_sq = ((x * (x * of_block)).sum(-1) for x in (g, p))
-    new_row = (row * numbers.beta2 + (row_sq / g.shape[-1] + numbers.eps) * numbers.one_minus_beta2) * of_row
+    new_row = moving_average(row, row_sq / g.shape[-1], numbers) * of_row
     root, new_row = materialize(new_row.rsqrt() * of_row), materialize(new_row)
     row_sum, param_sq = sum_twice(new_row), total(param_sq)
     # Sums over rows go through the sums of each block: a block's columns are read while its rows are in cache.
@@ -141,7 +141,7 @@ class Averages(NamedTuple):
 def averages(sums: Sums, col: Tensor, table: Tensor, rows: int) -> Averages:
     """What the sums over whole columns make of `col`, shape [..., C], which is left as it is."""
     numbers = Numbers.of(table)
-    new_col = materialize(col * numbers.beta2 + (sums.col_sq / rows + numbers.eps) * numbers.one_minus_beta2)
+    new_col = materialize(moving_average(col, sums.col_sq / rows, numbers))
     row_mean = sums.row / rows
     # row_mean / new_col first would overflow for a column without gradient beside large ones: 1e8 / 1e-30.
     return Averages(row_mean, new_col, total(sums.weighted_sq / new_col * row_mean.unsqueeze(-1)))

@@ -164,6 +164,12 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     return table.to(device, non_blocking=True)
 
 
+def moving_average(average: Tensor, mean_sq: Tensor, numbers: Numbers) -> Tensor:
+    """The new average of squared gradients, of their new means; the old one is left as it is."""
+    new: Tensor = average * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2
+    return new
+
+
 def root_mean(total: Tensor, count: Any) -> Tensor:
     """In float64, as is all that is made of it: an error in these few numbers is an error of every element."""
     mean: Tensor = total.to(torch.float64) / count

@@ -11,7 +11,6 @@ from typing import NamedTuple
 from torch import Tensor
 
 from adafactor_compiled._update.matrices import materialize, total
-from adafactor_compiled._update.numbers import Numbers
 
 
 class PlainSums(NamedTuple):
@@ -34,10 +33,3 @@ def weighted_rows(g: Tensor, col: Tensor, table: Tensor) -> Tensor:
     """For each row, [..., n, B], the sum of gradient^2 / column average: a read of g, [..., n, B, C], and col, [..., C]."""
     weight = materialize(1.0 / col).unsqueeze(-2).unsqueeze(-2)
     return (g.to(table.dtype).square() * weight).sum(-1)
-
-
-def moving_average(average: Tensor, mean_sq: Tensor, table: Tensor) -> Tensor:
-    """A new average; the old one is left as it is."""
-    numbers = Numbers.of(table)
-    new: Tensor = average * numbers.beta2 + (mean_sq + numbers.eps) * numbers.one_minus_beta2
-    return new

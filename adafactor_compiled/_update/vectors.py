@@ -11,7 +11,7 @@ from torch import Tensor
 from adafactor_compiled._update.matrices import materialize, sum_twice, total
 from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.momentum import agreeing, cautious, momentum, with_momentum
-from adafactor_compiled._update.numbers import Numbers, root_mean, scale_and_decay
+from adafactor_compiled._update.numbers import Numbers, moving_average, root_mean, scale_and_decay
 from adafactor_compiled._update.rounding import half_of, noise_of, write
 
 
@@ -38,7 +38,7 @@ class VectorSums(NamedTuple):
 def vector_sums(p: Tensor, g: Tensor, second_moment: Tensor, table: Tensor) -> VectorSums:
     """Nothing is written."""
     wide, sums = _wide(p, table)
-    new = _moved(g.to(wide), second_moment, table)
+    new = moving_average(second_moment, g.to(wide).square(), Numbers.of(table))
     # Of squares / new rather than of g / sqrt(new): a square root less.
     return VectorSums(sums(p.to(wide).square()), sums(g.to(wide).square() / new))
 
@@ -69,7 +69,8 @@ def vector_agreement(
     """How many elements of a step by `apply_vector` agree in sign with their gradient, 0-dim; nothing is written."""
     numbers, (wide, sums) = Numbers.of(table), _wide(g, table)
     scale, _ = scale_and_decay(numbers, root_mean(param_sq, numel), root_mean(update_sq, numel))
-    update = g.to(wide) * (_moved(g.to(wide), second_moment, table).rsqrt() * scale.to(wide))
+    new = moving_average(second_moment, g.to(wide).square(), numbers)
+    update = g.to(wide) * (new.rsqrt() * scale.to(wide))
     return sums(agreeing(momentum(exp_avg, update, numbers), g, numbers))
 
 
@@ -82,7 +83,7 @@ def _apply(
 ) -> Tensor:
     p, table, numbers, (wide, sums) = x.p, x.table, Numbers.of(x.table), _wide(x.p, x.table)
     wide_p, wide_g = p.to(wide), x.g.to(wide)
-    new = _moved(wide_g, second_moment, table)
+    new = moving_average(second_moment, wide_g.square(), numbers)
     rms, update_rms = root_mean(of_whole.param_sq, numel), root_mean(of_whole.update_sq, numel)
     scale, decay = (materialize(x.to(wide)) for x in scale_and_decay(numbers, rms, update_rms))
     update = wide_g * (new.rsqrt() * scale)
@@ -102,9 +103,3 @@ def _apply(
 def _wide(p: Tensor, table: Tensor) -> tuple[torch.dtype, Callable[[Tensor], Tensor]]:
     """The arithmetic: short vectors are stepped in float64, which costs little where they are in cache."""
     return (torch.float64, torch.sum) if p.ndim == 1 else (table.dtype, sum_twice if p.ndim == 2 else total)
-
-
-def _moved(g: Tensor, second_moment: Tensor, table: Tensor) -> Tensor:
-    numbers = Numbers.of(table)
-    new: Tensor = second_moment * numbers.beta2 + (g.square() + numbers.eps) * numbers.one_minus_beta2
-    return new
