@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.momentum import cautious
-from adafactor_compiled._update.numbers import Numbers, clip_divisor, decay_of, moving_average, step_size
+from adafactor_compiled._update.numbers import Numbers, clip_divisor, decay_of, step_size
 from adafactor_compiled._update.rounding import noise_of_member, write
 
 PARTS_OF_HALF = 4  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and a little
@@ -84,7 +84,8 @@ def _factored_update(members: Members, grads: list[Tensor], numbers: Numbers) ->
 
 def _moving_average(averages: list[Tensor], means: list[Tensor], numbers: Numbers) -> Tensor:
     """Bring the row or column averages up to date and return them stacked."""
-    new = moving_average(torch.stack(averages), torch.stack(means), numbers)
+    # Not a call: its arguments would stay in memory, and those of kernels of convolutions are no small things.
+    new: Tensor = torch.stack(averages) * numbers.beta2 + (torch.stack(means) + numbers.eps) * numbers.one_minus_beta2
     torch._foreach_copy_(averages, new.unbind())
     return new
 
