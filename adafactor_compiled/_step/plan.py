@@ -154,7 +154,7 @@ def _class_of(entry: Entry) -> ShapeClass:
     tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
     # A class of parameters may be derived from Parameter for its name alone.
     plain = all(type(x) is Tensor for x in tensors) and (type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor)
-    return shape_class_of(param, grad, group, plain and not param.is_neg())
+    return shape_class_of(param, grad, group, plain and (torch.compiler.is_compiling() or not param.is_neg()))
 
 
 def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) -> list[Part]:
