@@ -49,9 +49,9 @@ def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
     if torch.compiler.is_compiling():
         return grad
     plain = type(grad) is Tensor and type(param) in PLAIN and grad.layout is param.layout is torch.strided
-    if plain and not (grad.data_ptr() and param.data_ptr()):
+    if plain and not (grad.data_ptr() and param.data_ptr()) and grad.numel() and not grad.is_meta:
         for name, x in (("", param), ("the gradient of ", grad)):
-            if x.numel() and not x.is_meta and not x.untyped_storage().nbytes():
+            if x.numel() and not x.untyped_storage().nbytes():
                 raise RuntimeError(f"{name}parameter {position} (shape {tuple(x.shape)}) has no memory; nothing was stepped")
         return grad.clone()
     return grad.resolve_neg() if grad.is_neg() else grad
