@@ -151,6 +151,8 @@ def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.de
             filled = torch.ones(shape, dtype=dtype, device=device) * value
             return filled
         return torch.full(shape, value, dtype=dtype, device=device)
+    if value.numel() == 1:  # edited by hand, it may have a dimension of size 1
+        value = value.reshape(())
     filled = value.to(device=device, dtype=dtype, non_blocking=True).expand(shape)
     return filled
 

@@ -135,6 +135,20 @@ def test_lr_with_a_dimension(path: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(*stepped, strict=True))
 
 
+@pytest.mark.parametrize("path", PATHS)
+def test_option_with_a_dimension_that_is_set_between_steps(path: str) -> None:
+    stepped = []
+    for decay in (0.5, torch.tensor([0.5])):
+        params = parameters([(6, 4), (5,), (5,)])
+        optimizer = Adafactor(params, **PATHS[path])
+        optimizer.param_groups[0]["weight_decay"] = decay
+        set_gradients(params, 0)
+        optimizer.step()
+        stepped.append(params)
+    for p, q in zip(*stepped, strict=True):
+        torch.testing.assert_close(p, q)
+
+
 def test_groups_of_another_optimizer() -> None:
     """Whose `lr` is what a schedule has reported there; it is not read."""
     other = Adafactor(parameters([(3, 4)]), compile=False)
