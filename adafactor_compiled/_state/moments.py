@@ -18,7 +18,7 @@ from adafactor_compiled._state.options import Group
 State = dict[str, Any]
 
 
-SECOND_MOMENTS = ("exp_avg_sq", "exp_avg_sq_row", "exp_avg_sq_col")
+SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # in the order of the fields of Member
 KEYS = ("step", "RMS", "exp_avg", *SECOND_MOMENTS)  # ours; users keep other things in a state
 
 

@@ -14,13 +14,11 @@ from adafactor_compiled._compile.examples import Pass, example_of
 from adafactor_compiled._compile.passes import pass_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import cached, group_by_key
-from adafactor_compiled._state.moments import is_cautious
+from adafactor_compiled._state.moments import SECOND_MOMENTS, is_cautious
 from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.rounding import SWAPPED
-
-SECOND_MOMENTS = ("exp_avg_sq_row", "exp_avg_sq_col", "exp_avg_sq")  # as the fields of Member
 
 
 class Call(NamedTuple):
