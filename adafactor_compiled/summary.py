@@ -9,11 +9,11 @@ from torch import Tensor
 
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._gpu.layout import Kernels, kernels_of
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._step.calls import passes_of
+from adafactor_compiled._step.calls import is_called, passes_of
 from adafactor_compiled._step.plan import Part, Plan
-from adafactor_compiled._step.routes import route_of
 
 
 class ClassSummary(NamedTuple):
@@ -98,14 +98,19 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     return Summary(classes, sum(seconds.values()))
 
 
-def _passes_of(part: Part, entries: list[Entry]) -> list[Pass]:
+def _passes_of(part: Part, entries: list[Entry]) -> list[Pass | Kernels]:
+    of = part.shape_class
     if part.path == "sharded":
-        return passes_of_shards(entries[i] for i in part.positions)
-    return list(passes_of(part.shape_class)) if _path(part) == "compiled" else []
+        return [*passes_of_shards(entries[i] for i in part.positions)]
+    if part.path != "compiled":
+        return []
+    kernels = kernels_of(of)
+    return [kernels] if kernels is not None else [*passes_of(of)] if is_called(of) else []
 
 
 def _path(part: Part) -> str:
-    return "multi_tensor" if part.path == "compiled" and route_of(part.shape_class) is None else part.path
+    of = part.shape_class
+    return "multi_tensor" if part.path == "compiled" and not (is_called(of) or kernels_of(of)) else part.path
 
 
 def _bytes(values: Iterable[object]) -> int:

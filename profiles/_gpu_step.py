@@ -1,8 +1,9 @@
-"""The kernels of a step of parameters that are said to be on a GPU. gpu_kernels.py runs this in a process of its own:
+"""The launches of a step of parameters that are said to be on a GPU. gpu_kernels.py runs this in a process of its own:
 
     python profiles/_gpu_step.py '{"shapes": [[768, 3072], [768]], "dtype": "float32", "beta1": null}'
 
-It prints one line of JSON. The optimizer, its plan, `warm_up` and the steps are the package's own; parameters are fake.
+It prints one line of JSON. The optimizer, its plan, `warm_up` and the step are the package's own; the parameters are on the CPU,
+without values, and in place of a kernel a recorder notes its launches. Nothing needs a GPU, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -10,157 +11,177 @@ from __future__ import annotations
 import collections
 import json
 import sys
-import time
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
-from _shared import fake_gpu
-
-# ruff: noqa: E402
-fake_gpu.install()  # before the package looks for a GPU
-
-import torch._inductor.config as inductor_config
-from _generated import Eager, Graph, Launch, recorded
-from _networks import by_shape
-from torch._subclasses.fake_tensor import FakeTensorMode
+from _triton_build import build
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.examples import Pass
-from adafactor_compiled._step import plan
+from adafactor_compiled._gpu import layout, steps
 
-LARGE = 1.0  # bytes an element that make a kernel a large one
+BANDWIDTH, SHORTEST = 2.5e12, 2e-6  # bytes a second, and seconds of a launch at least: of an H100, for estimates
+KERNELS = [
+    "matrix_statistics",
+    "matrix_columns",
+    "apply_matrix",
+    "vector_sums",
+    "apply_vector",
+    "slice_statistics",
+    "apply_slices",
+]
+FREE = {"aten::detach", "aten::view", "aten::unbind", "aten::slice", "aten::select", "aten::alias"}  # and launch nothing
 
 
-class Compiled(NamedTuple):
-    """A graph, the pass that it is of, and the seconds that compiling it took, up to the sources of its kernels."""
-
-    key: Pass
-    graph: Graph
-    seconds: float  # of the processor: other work on the machine does not count
+def milliseconds(moved: float, launches: int = 1) -> float:
+    return 1e3 * max(moved / BANDWIDTH, launches * SHORTEST)
 
 
-class Compilations:
-    """What this process compiles."""
+class Launched(NamedTuple):
+    """One launch of a kernel."""
+
+    kernel: Any  # of Triton
+    blocks: int
+    arguments: tuple[Any, ...]
+    constants: dict[str, Any]  # num_warps too
+
+
+class Recorder:
+    """In place of a kernel."""
+
+    def __init__(self, kernel: Any, launched: list[Launched]) -> None:
+        self.kernel, self.launched = kernel, launched
+
+    def __getitem__(self, grid: tuple[int]) -> Any:
+        def launch(*arguments: Any, **constants: Any) -> None:
+            self.launched.append(Launched(self.kernel, grid[0], arguments, constants))
+
+        return launch
+
+
+class Eager(TorchDispatchMode):
+    """Counts the operations of torch, each a launch at least."""
 
     def __init__(self) -> None:
-        self.done: list[Compiled] = []
-        self._new: list[Graph] = []
-        self._compiled = passes.compiled
-        self.note = self._new.append
+        super().__init__()
+        self.operations: collections.Counter[str] = collections.Counter()
 
-    def compiled(self, key: Pass) -> Any:
-        """In place of `passes.compiled`."""
-
-        def call(*arguments: Any) -> Any:
-            start = time.process_time()
-            result = self._compiled(key)(*arguments)
-            self.done += [Compiled(key, graph, time.process_time() - start) for graph in self._new]
-            self._new.clear()
-            return result
-
-        return call
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        name = function._schema.name
+        if name not in FREE and "empty" not in name:
+            self.operations[name] += 1
+        return result
 
 
-def plain_class_of(*of: Any) -> Any:
-    """A fake tensor is a subclass, which the package would step by operations."""
-    return _class_of(*of)._replace(plain=True)
+@contextmanager
+def recorded() -> Iterator[list[Launched]]:
+    """From now on parameters on a CPU count as on a GPU, and what would be launched is noted."""
+    launched: list[Launched] = []
+    before = layout.is_gpu, passes.environment, {name: getattr(steps, name) for name in (*KERNELS, "finish")}
+    layout.is_gpu = lambda device: True
+    passes.environment = lambda: 0  # also in the mode that counts
+    for name, kernel in before[2].items():
+        setattr(steps, name, Recorder(kernel, launched))
+    layout.kernels_of.cache_clear()
+    try:
+        yield launched
+    finally:
+        layout.is_gpu, passes.environment = before[:2]
+        for name, kernel in before[2].items():
+            setattr(steps, name, kernel)
+        layout.kernels_of.cache_clear()
 
 
-_class_of = plan.shape_class_of
+def moved(launched: Launched) -> float:
+    """The bytes that a launch reads and writes. What the next tile of a block finds in cache counts again."""
+    name = launched.kernel.fn.__name__
+    if name == "finish":
+        return 0.0
+    units, constants = launched.arguments[1], launched.constants
+    p, g, a = (size_of(constants.get(key)) for key in "PGA")
+    m = 2 * size_of(constants.get("M"))
+    total = 0.0
+    for unit in units.tolist():
+        rows, columns, blocks = unit[4], unit[5], unit[7]
+        if name in ("matrix_statistics", "matrix_columns", "apply_matrix"):
+            n, sums = rows * columns, 2 * columns * blocks * a
+            again = 0 if constants.get("ONE_TILE") else n * g
+            total += {
+                "matrix_statistics": n * (p + g) + again + 2 * rows * a + sums,
+                "matrix_columns": sums + 2 * columns * a,
+                "apply_matrix": n * (2 * p + g + m) + (rows + columns * blocks) * a,
+            }[name]
+        elif name in ("vector_sums", "apply_vector"):
+            total += rows * (p + g + a if name == "vector_sums" else 2 * p + g + m + (3 if constants["TWICE"] else 2) * a)
+        else:
+            of_slice, state = constants["R"] * constants["C"], (constants["R"] + constants["C"]) * a
+            total += rows * (
+                of_slice * (p + g) + 2 * state if name == "slice_statistics" else of_slice * (2 * p + g + m) + state
+            )
+    return total
+
+
+def size_of(dtype: Any) -> int:
+    return 0 if dtype is None else int(dtype.primitive_bitwidth) // 8
+
+
+def variant_of(launched: Launched) -> tuple[Any, ...]:
+    """What a kernel is built for; launches of one variant share what was built."""
+    types = tuple(x.dtype if isinstance(x, Tensor) else None for x in launched.arguments)
+    return launched.kernel.fn.__name__, types, tuple(sorted(launched.constants.items(), key=lambda item: item[0]))
 
 
 def record(case: dict[str, Any]) -> dict[str, Any]:
-    inductor_config.force_disable_caches = True
-    compilations, dtype = Compilations(), getattr(torch, case["dtype"])
-    passes.compiled, plan.shape_class_of = compilations.compiled, plain_class_of
-    with FakeTensorMode(allow_non_fake_inputs=True), recorded(compilations.note):
-        params = [torch.nn.Parameter(torch.empty(shape, dtype=dtype, device="cuda")) for shape in case["shapes"]]
+    dtype, options = getattr(torch, case["dtype"]), dict(case.get("options", {}))
+    if "momentum_dtype" in options:
+        options["momentum_dtype"] = getattr(torch, options["momentum_dtype"])
+    with recorded() as launched:
+        params = [torch.empty(shape, dtype=dtype).requires_grad_() for shape in case["shapes"]]
         for param in params:
             param.grad = torch.empty_like(param)
-        options = case.get("options", {})
-        if "momentum_dtype" in options:
-            options |= {"momentum_dtype": getattr(torch, options["momentum_dtype"])}
         optimizer = Adafactor(params, beta1=case["beta1"], compile=True, **options)
         optimizer.warm_up()
-        ahead = len(compilations.done)
+        ahead = {variant_of(x) for x in launched}
         optimizer.step()  # makes what later ones keep
-        for _, graph, _ in compilations.done:
-            graph.calls.clear()
+        launched.clear()
         with Eager() as eager:
             optimizer.step()
-    members = members_of(optimizer, params)
-    of_graphs = [of_graph(done, members[done.key], case.get("build", False)) for done in compilations.done]
-    if case.get("sources"):
-        keep([done.graph for done in compilations.done], of_graphs, Path(case["sources"]))
-    result = summary(of_graphs, eager.launches, sum(param.numel() for param in params))
-    return {"graphs": ahead, "graphs_in_steps": len(compilations.done) - ahead, **result}
-
-
-def members_of(optimizer: Any, params: list[torch.Tensor]) -> dict[Pass, list[torch.Tensor]]:
-    """The parameters that a step steps by each pass."""
-    members: dict[Pass, list[torch.Tensor]] = collections.defaultdict(list)
-    for call in optimizer._stepper._plans[None].calls:
-        for key in call.keys:
-            members[key] += [params[i] for i in call.positions]
-    return members
-
-
-def of_graph(compiled: Compiled, members: list[torch.Tensor], build: bool) -> dict[str, Any]:
-    """What a call of a graph launches, and what all its calls of a step move, an element of what they step."""
-    key, graph, seconds = compiled
-    elements = max(1, sum(x.numel() for x in members))
-    moved = list(graph.moved())
-    kernels: dict[str, list[int]] = collections.defaultdict(list)
-    for launch, size in moved:
-        kernels[launch.name].append(size)
-    result = {
-        "function": key.function.__name__,
-        "k": key.k,
-        "sizes": key.sizes,
-        "shapes": by_shape([tuple(x.shape) for x in members]),
-        "calls": len(graph.calls),
-        "triton_launches": sum(launch.times for launch in graph.launches if launch.source),
-        "aten_launches": sum(launch.times for launch in graph.launches if not launch.source),
-        "bytes": sum(size for _, size in moved),
-        "bytes_per_element": sum(size for _, size in moved) / elements,
-        "codegen_s": seconds,
-        "device_ms": sum(fake_gpu.milliseconds(size, launch.times) for launch, size in moved),
-        # How often each is launched in a step, and the bytes of all that.
-        "kernels": {name: [len(sizes), round(sum(sizes) / elements, 3)] for name, sizes in kernels.items()},
-    }
-    if build:
-        from _triton_build import build_all
-
-        large = {name for name, (_, size) in result["kernels"].items() if size >= LARGE}
-        result["build"] = build_all({launch.name: launch.source for launch in graph.launches if launch.source}, large)
-    return result
-
-
-def summary(of_graphs: list[dict[str, Any]], eager: list[Launch], elements: int) -> dict[str, Any]:
-    of_eager = sum(int(launch.moved) for launch in eager)
-    eager_ms = sum(fake_gpu.milliseconds(int(launch.moved), launch.times) for launch in eager)
-    times: collections.Counter[str] = collections.Counter()
-    for launch in eager:
-        times[launch.name] += launch.times
+    elements = sum(param.numel() for param in params)
+    of_kernels: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for one in launched:
+        of = of_kernels.setdefault(variant_of(one), {"kernel": one, "launches": 0, "bytes": 0.0})
+        of["launches"] += 1
+        of["bytes"] += moved(one)
+    rows = [described(of, elements) for of in of_kernels.values()]
     return {
-        "triton_launches": sum(graph["calls"] * graph["triton_launches"] for graph in of_graphs),
-        "aten_launches": sum(graph["calls"] * graph["aten_launches"] for graph in of_graphs),
-        "eager_launches": times.total(),
-        "bytes_per_element": (sum(graph["bytes"] for graph in of_graphs) + of_eager) / elements,
-        "codegen_s": sum(graph["codegen_s"] for graph in of_graphs),
-        "device_ms": sum(graph["device_ms"] for graph in of_graphs) + eager_ms,
-        "of_eager": times,
-        "of_graphs": of_graphs,
+        "graphs": len(ahead),
+        "graphs_in_steps": len(set(of_kernels) - ahead),
+        "triton_launches": len(launched),
+        "aten_launches": eager.operations.total(),
+        "of_aten": eager.operations,
+        "bytes_per_element": sum(row["bytes_per_element"] for row in rows),
+        "codegen_s": sum(row["build"]["seconds"] for row in rows),
+        "device_ms": sum(milliseconds(moved(one)) for one in launched) + milliseconds(0, eager.operations.total()),
+        "of_kernels": rows,
     }
 
 
-def keep(graphs: list[Graph], of_graphs: list[dict[str, Any]], directory: Path) -> None:
-    """Write what was generated, a file a graph."""
-    directory.mkdir(parents=True, exist_ok=True)
-    for i, (graph, described) in enumerate(zip(graphs, of_graphs, strict=True)):
-        (directory / f"{i}_{described['function']}.py").write_text(graph.code)
+def described(of: dict[str, Any], elements: int) -> dict[str, Any]:
+    one: Launched = of["kernel"]
+    built = build(one.kernel, one.arguments, one.constants)
+    shown = {name: x if isinstance(x, (bool, int)) else str(x) for name, x in one.constants.items()}
+    return {
+        "name": one.kernel.fn.__name__,
+        "launches": of["launches"],
+        "bytes_per_element": of["bytes"] / elements,
+        "constants": shown,
+        "build": built._asdict(),
+    }
 
 
 if __name__ == "__main__":

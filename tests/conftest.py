@@ -14,8 +14,12 @@ if capability := os.environ.get("ATEN_CPU_CAPABILITY"):  # the cache does not te
 
 import pytest
 import tolerances
+import torch
 import two_processes
 from hypothesis import HealthCheck, settings
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read with Triton, where that is: kernels for a GPU run on this CPU
 
 # A step of a drawn problem may compile, and a shared machine may be slow: no deadline anywhere.
 COMMON = {"deadline": None, "suppress_health_check": [HealthCheck.too_slow, HealthCheck.data_too_large]}

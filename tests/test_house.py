@@ -11,14 +11,13 @@ import pytest
 import adafactor_compiled
 
 ROOT = Path(adafactor_compiled.__file__).parent
-FLOORS = ["", "_step", "_sharded", "_compile", "_update", "_state"]  # from the top, where users come in
+FLOORS = ["", "_step", "_sharded", "_compile", "_gpu", "_update", "_state"]  # from the top, where users come in
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 
 # Every private part of torch, by the file that may use it. Each has another way beside it, or is part of a public subclass.
 PRIVATE = {
     "_compile.fusion": {"torch._inductor"},  # one loop instead of two; without it loops are slower and right
     "_compile.options": {"torch._inductor"},  # list_options: which options this release knows
-    "_compile.passes": {"torch._check"},  # public in all but its name: what the compiler may take for granted
     "_state.moments": {"torch._dynamo"},  # mark_static_address, for CUDA graphs
     "_state.placements": {
         "torch.distributed._functional_collectives",

@@ -22,9 +22,9 @@ from adafactor_compiled._update.rounding import DRAWS
 
 ONE, MANY, LONG = 1, 2, 3  # what a graph depends on of a size, see `magnitude`
 LONG_SUM = 4096  # elements, at most, of a sum that is not long
-ANY, NARROW, SIXTEENS = "any", "narrow", "sixteens"  # what a graph depends on of the columns, see `Pass`
+ANY, NARROW = "any", "narrow"  # what a graph depends on of the columns, see `Pass`
 FEW = (3, 4, 5, 6, 9, 10, 11, 13)  # columns that do not fill two vectors
-OF_KERNELS = {kernels.kernel_statistics, kernels.apply_kernels, kernels.step_kernels}  # their first two sizes are constants
+OF_KERNELS = {kernels.kernel_statistics, kernels.apply_kernels}  # their first two sizes are constants
 
 
 class Typical(NamedTuple):
@@ -32,15 +32,10 @@ class Typical(NamedTuple):
 
     first: tuple[int, ...]
     more: tuple[int, ...]  # how much larger those of each next one are
-    long: int = LONG_SUM  # and what is long
 
 
 BLOCKS = Typical((100, 40, 24, 1024), (1, 1, 1, 16))
 SMALL, VECTOR = Typical((100, 64, 512), (1, 1, 16)), Typical((30, 2064), (1, 16))
-# On a GPU, where Inductor chooses tiles by the next powers of two and several blocks for sums of 8,192 or more, and where
-# examples take memory of the GPU.
-GPU_SMALL, GPU_VECTOR = Typical((20, 264, 528), (1, 1, 16)), Typical((30, 2064), (1, 16), 65_536)
-GPU_KERNELS = Typical((32_784,), (16,))
 OF_SLICES = Typical((4000, *VECTOR.first), (0, *VECTOR.more))  # and as which rows their parameters are summed
 
 
@@ -60,7 +55,7 @@ class Pass(NamedTuple):
     rounding: bool
     k: int  # members of a call
     sizes: tuple[int, ...]  # magnitudes of its dynamic sizes, those of kernels of convolutions in front as they are
-    columns: str = ANY  # NARROW: fewer than fill two vectors of AVX2; SIXTEENS: multiples of 16, where a GPU reads wider
+    columns: str = ANY  # NARROW: fewer than fill two vectors of AVX2
 
 
 def example_of(key: Pass, tiny: bool = False) -> tuple[Any, ...]:
@@ -71,7 +66,7 @@ def example_of(key: Pass, tiny: bool = False) -> tuple[Any, ...]:
         tiny: of the smallest sizes that its graph serves, all members alike.
     """
     make = Make(key, tiny)
-    members = (MEMBERS if key.device.type == "cpu" else GPU_MEMBERS).get(key.function)
+    members = MEMBERS.get(key.function)
     return (make.members(*members),) if members else ARGUMENTS[key.function](make)
 
 
@@ -85,14 +80,11 @@ class Make:
     def sizes(self, typical: Typical, i: int = 0) -> tuple[int, ...]:
         """The dynamic sizes of member i."""
         sizes = self.key.sizes[-len(typical.first) :]
-        long = LONG_SUM if self.tiny else typical.long
         chosen = [
-            1 if size == ONE else (2 if self.tiny else first + i * more) + (long if size == LONG else 0)
+            1 if size == ONE else (2 if self.tiny else first + i * more) + (LONG_SUM if size == LONG else 0)
             for size, first, more in zip(sizes, typical.first[-len(sizes) :], typical.more[-len(sizes) :], strict=True)
         ]
-        if self.key.columns == SIXTEENS:
-            chosen[-1] = -(-chosen[-1] // 16) * 16
-        elif self.key.columns == NARROW:
+        if self.key.columns == NARROW:
             chosen[-1] = FEW[i]
         elif self.tiny and matrices.AVX2:
             chosen[-1] = max(chosen[-1], 16)
@@ -120,8 +112,6 @@ class Make:
     def members(self, typical: Typical, second_moments: str) -> Members:
         k = self.key.k
         shapes = [self.sizes(typical, i) for i in range(k)]
-        if self.key.function in OF_KERNELS:
-            shapes = [(*lead, *self.key.sizes[:2]) for lead in shapes]
         lists: dict[str, list[Any]] = {name: [] for name in Members._fields[:7]}
         for shape in shapes:
             p, g = self.p_and_g(*shape)
@@ -147,13 +137,6 @@ MEMBERS: dict[Any, tuple[Typical, str]] = {
     matrices.step_small_matrices: (SMALL, "factored"),
     vectors.step_vectors: (VECTOR, "whole"),
     vectors.step_pointwise: (VECTOR, "twice"),
-    kernels.step_kernels: (GPU_KERNELS, "factored"),
-}
-GPU_MEMBERS: dict[Any, tuple[Typical, str]] = {
-    **MEMBERS,
-    matrices.step_small_matrices: (GPU_SMALL, "factored"),
-    vectors.step_vectors: (GPU_VECTOR, "whole"),
-    vectors.step_pointwise: (GPU_VECTOR, "twice"),
 }
 
 

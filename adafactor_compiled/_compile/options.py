@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from adafactor_compiled._compile.examples import LONG
 from adafactor_compiled._update import kernels, matrices, pieces, vectors
 
 CPU: dict[str, Any] = {
@@ -38,32 +37,17 @@ STRIDED = {"cpp.enable_tiling_heuristics": False, "cpp.enable_loop_tail_vec": Fa
 # What is stepped before a second thread has begun.
 ON_ONE_THREAD = {"cpp.threads": 1}
 
-CUDA: dict[str, Any] = {
-    # One launch for what k members do alike; each keeps blocks of its own size.
-    "combo_kernels": True,
-    "combo_kernel_per_subkernel_blocks": True,
-    "combo_kernel_max_num_nodes": 64,
-    "combo_kernel_max_num_args": 1000,
-    "combo_kernel_allow_mixed_sizes": 2,
-    "combo_kernel_peak_memory_pct_threshold": None,
-    "combo_kernel_max_distance": -1,
+CUDA: dict[str, Any] = {  # what is sharded is stepped by passes there too
     # It would put guards on sizes, and so compile in a step; with dynamic sizes it never applies.
     "triton.mix_order_reduction": False,
-    "triton.prefer_nd_tiling": True,
 }
 
-# Members of a call; 1 where nothing is said. On a CPU guards and calls cost a small member as much as its step, and eight share
-# them; on a GPU 16 share launches. Code, and the time to generate it, grow with each.
+# Members of a call; 1 where nothing is said. Guards and calls cost a small member as much as its step, and eight share them.
+# Code, and the time to generate it, grow with each.
 MEMBERS: dict[Callable[..., Any], int] = {
     matrices.step_matrices: 4,
     matrices.step_small_matrices: 8,
     vectors.step_vectors: 8,
-}
-GPU_MEMBERS: dict[Callable[..., Any], int] = {
-    matrices.step_small_matrices: 16,
-    vectors.step_vectors: 16,
-    vectors.step_pointwise: 16,
-    kernels.step_kernels: 16,
 }
 SUMS_ALONE = {  # momentum and stochastic rounding are nothing to them
     matrices.statistics,
@@ -76,17 +60,14 @@ IN_BLOCKS = {matrices.step_matrices, matrices.statistics}  # go over the blocks 
 OVER_ROWS = {matrices.step_matrices, matrices.step_small_matrices, matrices.statistics}  # see `fills_two_vectors`
 
 
-def members_of_a_call(function: Callable[..., Any], device_type: str, magnitudes: Sequence[int]) -> int:
-    """By the magnitudes of the dynamic sizes.
+def members_of_a_call(function: Callable[..., Any], dynamic: int) -> int:
+    """By the number of dynamic sizes.
 
     A network has few matrices with slices, a convolution of 7 x 7 perhaps, and code for many members would be half of its first
-    step. What is large has launches enough of its own on a GPU, and its examples take memory.
+    step.
     """
-    in_slices = len(magnitudes) > (3 if function in IN_BLOCKS else 2)
-    if device_type == "cpu":
-        return 1 if in_slices else MEMBERS.get(function, 1)
-    most = 1 if magnitudes.count(LONG) > 1 else 2 if in_slices else 16
-    return min(most, GPU_MEMBERS.get(function, 1))
+    in_slices = dynamic > (3 if function in IN_BLOCKS else 2)
+    return 1 if in_slices else MEMBERS.get(function, 1)
 
 
 @functools.cache

@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._compile.examples import ANY, MANY, NARROW, OF_KERNELS, SIXTEENS, Pass, example_of, magnitude
+from adafactor_compiled._compile.examples import ANY, NARROW, OF_KERNELS, Pass, example_of, magnitude
 from adafactor_compiled._compile.options import OVER_ROWS, SUMS_ALONE, members_of_a_call, options_of
 from adafactor_compiled._compile.progress import progress
+from adafactor_compiled._gpu.launches import try_out
+from adafactor_compiled._gpu.layout import Kernels
 from adafactor_compiled._state.moments import Momentum
-from adafactor_compiled._update import kernels, matrices
-from adafactor_compiled._update.members import Members
+from adafactor_compiled._update import matrices
 
 
 def pass_of(
@@ -34,24 +35,17 @@ def pass_of(
         momentum, rounding = None, False
     fixed = 2 if function in OF_KERNELS else 0
     magnitudes = (*sizes[:fixed], *map(magnitude, sizes[fixed:]))
-    if function is kernels.step_kernels:  # one graph: its example is long, and what is short takes no longer
-        magnitudes = (*sizes[:2], MANY)
-    columns = ANY
-    if device.type != "cpu":
-        columns = SIXTEENS if sizes[-1] % 16 == 0 else ANY
-    elif matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1]):
-        columns = NARROW
-    k = members_of_a_call(function, device.type, magnitudes[fixed:])
-    return Pass(function, device, *dtypes, momentum, rounding, k, magnitudes, columns)
+    narrow = device.type == "cpu" and matrices.AVX2 and function in OVER_ROWS and not matrices.fills_two_vectors(sizes[-1])
+    k = members_of_a_call(function, len(sizes) - fixed)
+    return Pass(function, device, *dtypes, momentum, rounding, k, magnitudes, NARROW if narrow else ANY)
 
 
 @functools.cache
 def compiled(key: Pass) -> Callable[..., Any]:
     """The pass compiled, the same object each time it is asked for, in all optimizers of a process."""
-    function = _in_sixteens(key.function) if key.columns == SIXTEENS else key.function
     short = key.function.__name__ in ("step_vectors", "vector_sums", "apply_vector") and len(key.sizes) == 1
     options = options_of(key.function, key.device.type, short)
-    return _one_at_a_time(torch.compile(_own_code(function), dynamic=True, fullgraph=True, options=options))
+    return _one_at_a_time(torch.compile(_own_code(key.function), dynamic=True, fullgraph=True, options=options))
 
 
 def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -66,19 +60,6 @@ def _one_at_a_time(call: Callable[..., Any]) -> Callable[..., Any]:
     return locked
 
 
-def _in_sixteens(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Tells the compiler that a size of each member is a multiple of 16: a GPU then reads 128 bits at a time."""
-    inner = 0 if function in OF_KERNELS else -1
-
-    def in_sixteens(members: Members) -> Tensor:
-        for p in members.params:
-            torch._check(p.shape[inner] % 16 == 0)  # type: ignore[no-untyped-call]
-        measured: Tensor = function(members)
-        return measured
-
-    return in_sixteens
-
-
 def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
     """The same function with a code object of its own: Dynamo counts the graphs of each, and makes 8 at most."""
     code = function.__code__.replace(co_name=f"{function.__name__}_{next(_numbers)}")
@@ -86,16 +67,16 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _numbers = itertools.count()
-_ready: dict[tuple[Pass, int], float] = {}  # a pass and an environment: the seconds that it took
+_ready: dict[tuple[Pass | Kernels, int], float] = {}  # a pass and an environment: the seconds that it took
 _making = threading.RLock()
 
 
-def seconds_of(key: Pass) -> float | None:
+def seconds_of(key: Pass | Kernels) -> float | None:
     """What compiling a pass took in this process; None where it is not compiled."""
     return next((seconds for (of, _), seconds in _ready.items() if of == key), None)
 
 
-def make_ready(keys: Iterable[Pass], where: int, show_progress: bool | None) -> None:
+def make_ready(keys: Iterable[Pass | Kernels], where: int, show_progress: bool | None) -> None:
     """Compile the passes that are not compiled yet in this environment, by calling each with an example.
 
     Args:
@@ -107,7 +88,10 @@ def make_ready(keys: Iterable[Pass], where: int, show_progress: bool | None) -> 
         missing = [key for key in dict.fromkeys(keys) if (key, where) not in _ready]
         for key in progress(missing, "compiling Adafactor", show_progress):
             start = time.perf_counter()
-            compiled(key)(*example_of(key))
+            if isinstance(key, Kernels):
+                try_out(key)
+            else:
+                compiled(key)(*example_of(key))
             _ready[key, where] = time.perf_counter() - start
 
 

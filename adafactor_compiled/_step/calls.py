@@ -12,11 +12,12 @@ from torch import Tensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass, example_of
 from adafactor_compiled._compile.passes import pass_of
+from adafactor_compiled._gpu.layout import kernels_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import cached, group_by_key
 from adafactor_compiled._state.moments import SECOND_MOMENTS, is_cautious
+from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._step.routes import Route, route_of
-from adafactor_compiled._step.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
 from adafactor_compiled._update.rounding import SWAPPED
 
@@ -48,6 +49,13 @@ def calls_inline(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Ca
 def _split(positions: list[int], k: int) -> Iterator[list[int]]:
     for start in range(0, len(positions), k):
         yield positions[start : start + k]
+
+
+def is_called(of: ShapeClass) -> bool:
+    """Whether a compiled call steps it: on a CPU, and wherever an outer graph is traced."""
+    if torch.compiler.is_compiling():
+        return route_of(of) is not None
+    return of.device.type == "cpu" and kernels_of(of) is None and route_of(of) is not None
 
 
 @cached

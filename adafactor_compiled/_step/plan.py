@@ -10,16 +10,18 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._gpu.launches import Launch, launches_of
+from adafactor_compiled._gpu.layout import Kernels, kernels_of
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
 from adafactor_compiled._state.moments import check, complete, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
+from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._state.views import is_moved, with_dims_last
-from adafactor_compiled._step.calls import Call, calls_inline, calls_of
+from adafactor_compiled._step.calls import Call, calls_inline, calls_of, is_called
 from adafactor_compiled._step.routes import route_of
-from adafactor_compiled._step.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._update import padded
 from adafactor_compiled._update.chunks import SHORT
 
@@ -41,9 +43,10 @@ class Plan(NamedTuple):
     eager: list[Part]  # what is stepped eagerly, where the others are compiled
     all_eager: list[Part]  # what is stepped eagerly, where nothing is compiled
     calls: list[Call]
+    launches: list[Launch]  # of what is on a GPU
     sharded: list[int]  # the positions of DTensors
     moved: list[int]  # of what is factored over other dimensions than its last two
-    passes: list[Pass]  # what the calls run, and the sharded step on this rank
+    passes: list[Pass | Kernels]  # what calls and launches run, and the sharded step on this rank
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
 
@@ -70,14 +73,16 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     for i in moved:
         path, of = classes[i]
         factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
-        if path != "sharded" and route_of(of) is not None and not all(x.is_contiguous() for x in factors):
+        if path != "sharded" and not all(x.is_contiguous() for x in factors) and (route_of(of) or kernels_of(of)):
             classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
     parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
-    routed = [part for part in parts if part.path == "compiled" and route_of(part.shape_class) is not None]
-    calls = (calls_inline if inline else calls_of)([(part.shape_class, part.positions) for part in routed])
+    compiled = [(part.shape_class, part.positions) for part in parts if part.path == "compiled"]
+    routed = [(of, positions) for of, positions in compiled if is_called(of)]
+    on_gpu = [] if inline else [(of, positions) for of, positions in compiled if kernels_of(of) is not None]
+    calls, launches = (calls_inline if inline else calls_of)(routed), launches_of(on_gpu)
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
-    in_calls = {i for part in routed for i in part.positions}
+    in_calls = {i for _, positions in (*routed, *on_gpu) for i in positions}
     sharded = [i for i, entry in enumerate(entries) if isinstance(entry.param, DTensor)]
     return Plan(
         [] if inline else [_described(entry) for entry in entries],
@@ -85,11 +90,17 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         _eager_parts(classes, [i for i in unsharded if i not in in_calls]),
         _eager_parts(classes, unsharded),
         calls,
+        launches,
         sharded,
         moved,
-        [] if inline else [*(key for call in calls for key in call.keys), *passes_of_shards(seen[i] for i in sharded)],
+        [] if inline else _passes_of(calls, launches, [seen[i] for i in sharded]),
         [torch.zeros_like(entry.state["RMS"]) for entry in entries],
     )
+
+
+def _passes_of(calls: list[Call], launches: list[Launch], sharded: list[Entry]) -> list[Pass | Kernels]:
+    of_calls = [key for call in calls for key in call.keys]
+    return [*of_calls, *(launch.kernels for launch in launches), *passes_of_shards(sharded)]
 
 
 class Described(NamedTuple):

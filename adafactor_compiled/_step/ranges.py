@@ -8,9 +8,10 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch.autograd.profiler import record_function
 
+from adafactor_compiled._gpu.launches import Launch
+from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._step.calls import Call
 from adafactor_compiled._step.plan import Part
-from adafactor_compiled._step.shape_class import ShapeClass
 
 NAME = "Adafactor: "
 UNNAMED: AbstractContextManager[object] = nullcontext()
@@ -19,6 +20,11 @@ UNNAMED: AbstractContextManager[object] = nullcontext()
 def range_of_call(call: Call) -> AbstractContextManager[object]:
     """What a compiled call costs: `Adafactor: 8 x 64x64 float32 step_small_matrices`."""
     return _range(call.shape_class, call.positions, call.routes[0].function.__name__)
+
+
+def range_of_launch(launch: Launch) -> AbstractContextManager[object]:
+    """What launches on a GPU cost the host: `Adafactor: 50 x 768x2304 float32 matrices`."""
+    return _range(launch.shape_class, launch.positions, launch.kernels.kind)
 
 
 def range_of_part(part: Part) -> AbstractContextManager[object]:

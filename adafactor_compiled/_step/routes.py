@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
 from adafactor_compiled._state.moments import is_cautious
-from adafactor_compiled._step.shape_class import ShapeClass
+from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update import chunks, kernels, matrices, vectors
 from adafactor_compiled._update.blocks import blocking_of
 from adafactor_compiled._update.chunks import step_in_chunks, step_kernels  # by name: what is compared stays one object

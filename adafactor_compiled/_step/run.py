@@ -8,18 +8,19 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafactor_compiled._gpu.launches import prepare, run_launch
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
 from adafactor_compiled._state.entries import Entry, count_step
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
+from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
-from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part
-from adafactor_compiled._step.shape_class import ShapeClass
+from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_launch, range_of_part
 from adafactor_compiled._update import eager, foreach, padded, reference
 from adafactor_compiled._update.numbers import Numbers, plain_numbers, tables_of
 from adafactor_compiled._update.rounding import draws_of_entries
@@ -41,6 +42,7 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     count_step(entries)
     entries = with_dims_last(entries, plan.moved)
     tables = Tables(tables_of(entries), _draws_of(entries))
+    ready = prepare(plan.launches, entries, plan.update_rms, tables.tables) if compiles else []
     finite = _run_sharded(plan, entries, tables.tables, exchanges, compiles) if exchanges else {}
     named = profiled()
     measured: list[tuple[Sequence[int], Tensor]] = []
@@ -49,6 +51,10 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     for call, members in calls:
         with range_of_call(call) if named else UNNAMED:
             measured.append((call.positions, run_call(call, members)))
+    for one in ready:
+        of, positions = one.launch.kernels, one.launch.positions
+        with range_of_launch(one.launch) if named else UNNAMED:
+            run_launch(one, tables.tables, tables.draws(positions, len(positions)) if of.rounding else None)
     for part in plan.eager if compiles else plan.all_eager:
         with range_of_part(part) if named else UNNAMED:
             measured += _run_part(part, plan, entries, tables)

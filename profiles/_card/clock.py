@@ -81,7 +81,7 @@ class Clock:
 
 
 def in_turn(
-    clock: Clock, steps: Mapping[str, Step], rounds: int, every: Mapping[str, int] | None = None, seconds: float = 15.0
+    clock: Clock, steps: Mapping[str, Step], rounds: int, every: Mapping[str, int] | None = None, seconds: float = 6.0
 ) -> dict[str, dict[str, Timing]]:
     """Measure each contender once a round, as `_shared.compare` does.
 

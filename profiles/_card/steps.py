@@ -30,7 +30,7 @@ CAPTURED = {  # those whose step a CUDA graph can hold
 HALF = {"decoder-600m": torch.bfloat16}
 # Ranges of the host, which a profiler draws out over their kernels on the device's line too.
 RANGES = ("Adafactor: ", "Optimizer.", "## ", "Torch-Compiled", "TorchDynamo", "ProfilerStep")
-SHOWN = 6  # kernels of a step that are listed on their own
+SHOWN = 30  # kernels of a step that are listed on their own
 
 Emit = Callable[[], None]
 
@@ -154,9 +154,11 @@ def _memory(record: dict[str, Any], emit: Emit, optimizers: dict[str, Optimizer]
 def _replays(record: dict[str, Any], emit: Emit, clock: Clock, params: list[Tensor], rounds: int) -> None:
     """Steps captured by hand, replayed in turn."""
     record["replay_errors"], graphs = {}, {}
+    optimizers = []  # a graph does not keep the state that it steps
     for key, make in CAPTURED.items():
         try:
-            graphs[key] = captured(make(params, None).step)
+            optimizers.append(make(params, None))
+            graphs[key] = captured(optimizers[-1].step)
         except Exception:  # a capture that fails is a result
             record["replay_errors"][key] = shortened()
         emit()

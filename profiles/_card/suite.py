@@ -43,8 +43,9 @@ def tests(record: dict[str, Any], emit: Callable[[], None], marker: str) -> None
     import pytest
 
     record.update(marker=marker, cuda=torch.cuda.is_available(), passed=0, failed=0, skipped=0, failures={}, slowest={})
-    arguments = ["-m", marker, "-q", "--tb=short", "-p", "no:cacheprovider", "tests"]
-    if importlib.util.find_spec("hypothesis") is None:  # which the settings of the whole suite need, and these tests do not
-        arguments[-1:] = ["--noconftest", "tests/test_cuda.py"]
+    # The file that has them: others import what a machine with a GPU may lack, and so do the settings of the whole suite.
+    arguments = ["-m", marker, "-q", "--tb=short", "-p", "no:cacheprovider", "tests/test_cuda.py"]
+    if importlib.util.find_spec("hypothesis") is None:
+        arguments.insert(0, "--noconftest")
         record["without"] = "hypothesis"
     record["status"] = int(pytest.main(arguments, plugins=[Counter(record, emit)]))

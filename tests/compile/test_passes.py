@@ -15,9 +15,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import examples, passes
-from adafactor_compiled._state.moments import Momentum
-from adafactor_compiled._update import kernels, matrices, vectors
+from adafactor_compiled._compile import passes
 
 LOOK_AT = (
     "{new} new graph(s) where none was expected. Something that varies has become part of a graph: TORCH_LOGS=recompiles names "
@@ -232,33 +230,3 @@ def test_a_dispatch_mode_that_has_ended() -> None:
                 with FlopCounterMode(display=False) if modes else contextlib.nullcontext():
                     optimizer.step()
             assert bool(ran) == (modes == 0)
-
-
-ON_A_GPU = {
-    # the sizes that a route names: rows and columns, a vector, or constants of a kernel and how many there are of it
-    matrices.step_small_matrices: [(30, 64), (30, 63)],
-    vectors.step_vectors: [(1, 64), (1, 63)],
-    vectors.step_pointwise: [(1, 64)],
-    kernels.step_kernels: [(3, 3, 64), (3, 2, 63)],
-}
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(("function", "sizes"), [(of, sizes) for of, all_sizes in ON_A_GPU.items() for sizes in all_sizes])
-def test_a_graph_for_a_gpu_serves_all_sizes(
-    function: Any, sizes: tuple[int, ...], dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The graphs, here for a CPU: what an example was of its size by chance must not be a guard."""
-    monkeypatch.setattr(examples, "MEMBERS", examples.GPU_MEMBERS)
-    momentum = Momentum(torch.float32, cautious=dtype is torch.float32)
-    key = passes.pass_of(function, sizes, torch.device("cuda"), (dtype, dtype), momentum, dtype is torch.bfloat16)
-    assert key.k == 16
-    assert (key.columns == examples.SIXTEENS) == (sizes[-1] % 16 == 0)
-    key = key._replace(device=torch.device("cpu"), k=3)
-    inner = passes._in_sixteens(function) if key.columns == examples.SIXTEENS else function
-    call = torch.compile(passes._own_code(inner), backend="aot_eager", dynamic=True, fullgraph=True)
-    with torch.no_grad():
-        call(*examples.example_of(key))
-        before = graphs()
-        call(*examples.example_of(key, tiny=True))
-        assert graphs() == before

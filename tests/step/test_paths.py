@@ -7,54 +7,16 @@ the drawn problems run the same passes in the same order, uncompiled or under AO
 from __future__ import annotations
 
 import functools
-from typing import Any
 
 import pytest
 import torch
+from against_reference import BFLOAT16, FLOAT16, FLOAT64, MOMENTUM, check_against_reference, problem_of
 from compilers import aot_eager, compiled_by, cut_otherwise, uncompiled
 from hypothesis import given, settings
-from parameters import params_of
-from strategies import Group, Parameter, Problem, problems
-from tolerances import assert_same_parameter, assert_same_state, largest
-from torch import Tensor
+from strategies import Problem, problems
 
-from adafactor_compiled import Adafactor
 from adafactor_compiled._step import calls, plan, routes, run
 from adafactor_compiled._update import blocks, eager
-
-
-def realign(optimizer: Adafactor, reference: Adafactor) -> None:
-    """Copy parameters and state, so that differences of rounding do not pile up."""
-    for ours, theirs in zip(params_of(optimizer), params_of(reference), strict=True):
-        ours.data.copy_(theirs.data)
-        theirs.data.copy_(ours.data)  # where it is kept in a wider dtype
-        for key, value in reference.state[theirs].items():
-            if isinstance(value, Tensor):
-                optimizer.state[ours][key].copy_(value)
-
-
-def check_against_reference(
-    problem: Problem, path: str, steps: int = 3, reference_dtype: torch.dtype | None = None, **ours: Any
-) -> None:
-    """Step both; the reference in `reference_dtype` where the reference itself would be the less accurate one."""
-    reference_groups, groups = problem.param_groups(), problem.param_groups()
-    for group in reference_groups:
-        group["params"] = [p.detach().to(reference_dtype or p.dtype).requires_grad_() for p in group["params"]]
-    reference, optimizer = Adafactor(reference_groups, foreach=False), Adafactor(groups, **ours)
-    for t in range(steps):
-        problem.set_gradients(groups, t)
-        before = [largest(p) for p in params_of(optimizer)]
-        for p, q in zip(params_of(optimizer), params_of(reference), strict=True):
-            q.grad_dtype = None
-            q.grad = p.grad if p.grad is None or reference_dtype is None else p.grad.to(reference_dtype)
-        reference.step()
-        optimizer.step()
-        for i, (p, q, scale) in enumerate(zip(params_of(optimizer), params_of(reference), before, strict=True)):
-            where, state = f"parameter {i} at step {t}", optimizer.state[p]
-            expected = {k: v.to(state[k].dtype) if isinstance(v, Tensor) else v for k, v in reference.state[q].items()}
-            assert_same_parameter(p, q.to(p.dtype), f"{path} - reference", scale, where)
-            assert_same_state(state, expected, p.dtype, where)
-        realign(optimizer, reference)
 
 
 @settings(max_examples=100)
@@ -82,16 +44,16 @@ def test_order_of_the_compiled_path_on_a_cpu(small: int, problem: Problem) -> No
 
 @settings(max_examples=60)
 @given(problem=problems())
-def test_order_of_the_compiled_path_on_cuda(problem: Problem) -> None:
-    """How parameters are passed is a choice of the device alone, and what is computed is not."""
+def test_order_of_a_graph_for_cuda(problem: Problem) -> None:
+    """What an outer graph has there: how parameters are passed is a choice of the device alone, and what is computed is not."""
     with pytest.MonkeyPatch.context() as patch, compiled_by(uncompiled):
         route_of = routes.route_of.__wrapped__
         cuda = functools.cache(lambda of: route_of(of._replace(device=torch.device("cuda"))))
         for module in (routes, calls, plan):
             patch.setattr(module, "route_of", cuda)
-        calls.passes_of.cache_clear()
-        check_against_reference(problem, "compiled as on cuda, uncompiled", compile=True)
-    calls.passes_of.cache_clear()
+        patch.setattr(plan, "calls_of", calls.calls_inline)
+        patch.setattr(run, "run_call", lambda call, members: call.routes[0].function(members))
+        check_against_reference(problem, "as in a graph for cuda", compile=True)
 
 
 @settings(max_examples=40)
@@ -111,17 +73,6 @@ def test_aot_eager(problem: Problem) -> None:
 
 
 aot_eager_cached = functools.cache(aot_eager)  # over all examples, as the passes of a process are
-
-
-PLAIN = {"lr": 1e-2, "relative_step": False, "weight_decay": 0.1, "clip_threshold": 0.5}
-MOMENTUM = {"beta1": 0.9, "weight_decay": 0.1, "scale_parameter": False}
-FLOAT32, FLOAT64, BFLOAT16, FLOAT16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-
-
-def problem_of(*shapes: tuple[int, ...], dtype: torch.dtype = FLOAT32, layout: str = "contiguous", **options: Any) -> Problem:
-    pattern = ("zero_column", "normal", "normal")  # first, where the column has no second moment yet
-    parameters = tuple(Parameter(shape, dtype, layout, dtype, pattern) for shape in shapes)
-    return Problem((Group(options or PLAIN, parameters),), seed=1)
 
 
 # Each entry reaches calls that no other one does.

@@ -13,9 +13,9 @@ from strategies import Problem, problems
 from adafactor_compiled import Adafactor
 from adafactor_compiled._state.entries import entries_of
 from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.shape_class import shape_class_of
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.plan import plan_of
-from adafactor_compiled._step.shape_class import shape_class_of
 
 
 @settings(max_examples=200)

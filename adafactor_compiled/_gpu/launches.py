@@ -1,0 +1,188 @@
+"""A step on a GPU: a few launches of kernels, each for many members of any shapes.
+
+What depends on shapes alone is laid out once for a plan. What a step finds anew is where tensors lie: the addresses of all that
+kernels touch are read in each step, and go to the GPU where they have changed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._gpu.layout import MATRICES, SLICES, Kernels, Layout, Tables, kernels_of
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
+from adafactor_compiled._state.shape_class import ShapeClass
+from adafactor_compiled._update.numbers import Numbers, to_device
+from adafactor_compiled._update.rounding import DRAWS
+
+EXAMPLE = 4096  # elements
+LEAST_PARTIAL = 4_194_304  # bytes for the sums of blocks, or a 32nd of the parameters, whatever is more
+
+
+class Launch(NamedTuple):
+    """Members that are stepped together."""
+
+    kernels: Kernels
+    shape_class: ShapeClass  # of the first
+    positions: list[int]  # among the entries of a step
+    tables: Tables  # on the host
+    partial: int  # elements of the sums of blocks
+    sums: int  # elements of the sums that are numbers
+    there: There
+
+
+class There:
+    """What a launch has on the GPU, made on `stream`: a tensor that is used on another stream may go too soon."""
+
+    def __init__(self) -> None:
+        self.stream: int | None = None
+        self.tables: Tables | None = None
+        self.addresses: list[int] = []
+        self.pointers: Tensor | None = None
+
+
+class Ready(NamedTuple):
+    """A launch with all that it takes."""
+
+    launch: Launch
+    tables: Tables
+    pointers: Tensor
+    aligned: bool
+
+
+def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Launch]:
+    """The launches that step these classes, each of which has kernels."""
+    members = [(of, i) for of, positions in classes for i in positions]
+    launches: list[Launch] = []
+    part: list[int]
+    for kernels, chosen in group_by_key(kernels_of(of) for of, _ in members).items():
+        assert kernels is not None
+        chosen.sort(key=lambda j: -members[j][0].numel)  # what takes long begins first
+        largest = max(LEAST_PARTIAL, sum(members[j][0].numel for j in chosen) * kernels.dtype.itemsize // 32)
+        layout, part = Layout(kernels), []
+        for j in chosen:
+            of = members[j][0]
+            if part and (layout.partial + layout.partial_of(of)) * compute_dtype(of.dtype).itemsize > largest:
+                launches.append(_launch(layout, members, part))
+                layout, part = Layout(kernels), []
+            layout.add(of)
+            part.append(j)
+        launches.append(_launch(layout, members, part))
+    return launches
+
+
+def _launch(layout: Layout, members: list[tuple[ShapeClass, int]], chosen: list[int]) -> Launch:
+    positions = [members[j][1] for j in chosen]
+    return Launch(layout.kernels, members[chosen[0]][0], positions, layout.tables(), layout.partial, layout.sums, There())
+
+
+def prepare(launches: Sequence[Launch], entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> list[Ready]:
+    """Read all addresses, before anything is launched.
+
+    Raises:
+        RuntimeError: a tensor has no memory.
+    """
+    return [_ready(launch, entries, update_rms, tables) for launch in launches]
+
+
+def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> Ready:
+    of, addresses, bits = launch.shape_class, [], 0
+    numbers: dict[int, int] = {}
+    for i in launch.positions:
+        position, p, g, state, _ = entries[i]
+        v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
+        exp_avg = state["exp_avg"] if of.momentum else v
+        of_member = [x.data_ptr() for x in (p, g, v, w, exp_avg, state["RMS"], update_rms[i])]
+        if not all(of_member):
+            raise RuntimeError(f"parameter {position} (shape {tuple(p.shape)}) has state without memory; nothing was stepped")
+        bits |= of_member[0] | of_member[1] | of_member[2] | of_member[3] | of_member[4]
+        addresses += of_member
+        addresses.append(numbers.setdefault(id(tables[i]), len(numbers)))
+    on_device, pointers = _there(launch, addresses)
+    aligned = launch.kernels.sixteens and bits % 16 == 0
+    if aligned != launch.kernels.sixteens:
+        try_out(launch.kernels._replace(sixteens=False))
+    return Ready(launch, on_device, pointers, aligned)
+
+
+def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
+    """The tables of a launch on its device."""
+    there, device = launch.there, launch.kernels.device
+    capturing, stream = False, 0
+    if device.type == "cuda":
+        capturing, stream = torch.cuda.is_current_stream_capturing(), torch.cuda.current_stream(device).cuda_stream
+    if there.tables is None or (there.stream != stream and not capturing):
+        there.tables = Tables(*(_moved(x, device, capturing) for x in launch.tables))
+        there.stream, there.pointers = stream, None
+    if there.pointers is None or there.addresses != addresses:
+        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
+        there.pointers, there.addresses = _moved(table, device, capturing), addresses
+    if capturing:
+        _captured.append((there.tables, there.pointers))
+    return there.tables, there.pointers
+
+
+_captured: list[Any] = []  # what CUDA graphs read when they are replayed, on the device and on the host
+
+
+def _moved(table: Tensor, device: torch.device, capturing: bool) -> Tensor:
+    if capturing:
+        table = table.pin_memory()
+        _captured.append(table)
+    return to_device(table, device)
+
+
+def run_launch(ready: Ready, tables: list[Tensor], draws: Tensor | None) -> None:
+    """Step the members of a launch.
+
+    Args:
+        ready: the launch.
+        tables: the numbers of all entries of the step.
+        draws: for stochastic rounding, of the members, shape [k, DRAWS].
+    """
+    of = ready.launch.kernels
+    numbers = torch.stack(list({id(tables[i]): tables[i] for i in ready.launch.positions}.values()))
+    from adafactor_compiled._gpu.steps import STEPS  # it imports Triton, which builds for CPUs lack
+
+    with torch.cuda.device(of.device) if of.device.type == "cuda" else nullcontext():
+        STEPS[of.kind](ready, numbers, draws)
+
+
+@functools.cache
+def try_out(of: Kernels) -> None:
+    """Compile kernels, by a launch of theirs with a small member of zeros."""
+    shape, stride = _example_of(of)
+    shape_class = ShapeClass(shape, stride, stride, of.dtype, of.grad_dtype, of.device, True, of.momentum, of.rounding)
+    layout = Layout(of)
+    layout.add(shape_class)
+    example = _launch(layout, [(shape_class, 0)], [0])
+    state = compute_dtype(of.dtype)
+    dtypes = of.dtype, of.grad_dtype, state, state, of.momentum.dtype if of.momentum else state, state, state
+    tensors = [_zeros(dtype, of.device) for dtype in dtypes]
+    tables, pointers = _there(example, [*(x.data_ptr() for x in tensors), 0])
+    draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
+    numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
+    run_launch(Ready(example, tables, pointers, of.sixteens), [numbers], draws)
+
+
+def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.zeros(EXAMPLE, dtype=dtype, device=device)
+
+
+def _example_of(of: Kernels) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Shape and stride of a small member."""
+    size = 32 if of.sixteens else 33
+    if of.kind == SLICES:
+        rows, columns, contiguous = of.shape
+        shape = (2, 2, rows, columns)
+        return shape, contiguous_stride(shape) if contiguous else (2 * rows * columns, 1, 2 * columns, 2)
+    if of.kind == MATRICES:
+        transposed = of.shape[-1]
+        return ((size, 3), (1, size)) if transposed else ((3, size), (size, 1))
+    return (size,), (1,)

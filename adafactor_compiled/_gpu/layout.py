@@ -1,0 +1,187 @@
+"""Which kernels step a member on a GPU, and the tables that say what each block of threads does: all that shapes decide."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
+from adafactor_compiled._state.moments import Momentum
+from adafactor_compiled._state.shape_class import ShapeClass
+
+MATRICES, VECTORS, SHORT, SLICES = "matrices", "vectors", "short vectors", "slices"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+BLOCK_BYTES = 262_144  # of a gradient, in a block of rows: those that are being stepped stay in the second-level cache
+LEAST_ROWS, MOST_BLOCKS = 16, 512  # of a block, of a matrix: the sums of a block take two rows
+WIDEST = 1024  # columns of a tile
+TILE = {2: 4096, 4: 4096, 8: 2048}  # elements, by the bytes of one of a gradient
+CHUNK = 1024  # elements of a long vector
+SHORTEST = (1024, 4096)  # elements of a vector that one block of threads steps, at most
+MOST_OF_SLICE = 256  # elements
+TILE_OF_SLICES = 2048  # elements
+TILE_OF_COLUMNS = (32, 64)  # blocks and columns
+
+
+class Kernels(NamedTuple):
+    """Which kernels step a member, and all that they are compiled for."""
+
+    kind: str
+    device: torch.device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    momentum: Momentum | None
+    rounding: bool
+    sixteens: bool  # whether sizes are multiples of 16, so that 128 bits are read at a time
+    # Of matrices: rows and columns of a tile, whether it has all columns, whether they are transposed. Of vectors: elements of
+    # a tile, whether there are two copies of the second moment. Of slices: rows, columns, whether they are contiguous.
+    shape: tuple[int, ...]
+
+
+class Tables(NamedTuple):
+    """What kernels are told of shapes, see kernels.py; two-dimensional but for the jobs."""
+
+    jobs: Tensor  # int32, the unit of each block of threads
+    column_jobs: Tensor
+    units: Tensor  # int64
+    members: Tensor  # int64
+
+
+def is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
+@cached
+def kernels_of(of: ShapeClass) -> Kernels | None:
+    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing."""
+    momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
+    if not is_gpu(of.device):
+        return None
+    if not of.plain or not of.numel or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
+        return None
+    strides = (of.stride, of.grad_stride)
+    contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
+
+    def kernels(kind: str, sixteens: bool, *shape: int) -> Kernels:
+        return Kernels(kind, of.device, of.dtype, of.grad_dtype, of.momentum, of.rounding, sixteens, shape)
+
+    *lead, rows, columns = (0, *of.shape) if of.factored else (0, 1, of.numel)
+    slices = math.prod(lead[1:])
+    if not of.factored or (slices > 1 and rows == columns == 1):
+        if not contiguous:
+            return None
+        tile = next((most for most in SHORTEST if of.numel <= most), CHUNK)
+        kind = SHORT if of.numel <= SHORTEST[-1] else VECTORS
+        return kernels(kind, of.numel % 16 == 0, tile, of.factored)
+    if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
+        if contiguous or (len(lead) <= 3 and _is_dense(of.shape, of.stride)):
+            return kernels(SLICES, False, rows, columns, contiguous)
+        return None
+    if contiguous:
+        width = min(max(16, power(columns)), WIDEST)
+        height = TILE[of.grad_dtype.itemsize] // width
+        return kernels(MATRICES, columns % 16 == 0, height, width, columns <= width, False)
+    transposed = (*contiguous_stride((*of.shape[:-2], columns, rows))[:-2], 1, rows)
+    if all(same_layout(of.shape, x, transposed) for x in strides):
+        return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True)
+    return None
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements fill their memory in some order of the dimensions, as that of a momentum then is too."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
+class Layout:
+    """Lays out the tables of members that are stepped together."""
+
+    def __init__(self, kernels: Kernels) -> None:
+        self.kernels = kernels
+        self.units: list[list[int]] = []
+        self.members: list[list[int]] = []
+        self.blocks: list[int] = []  # of each unit
+        self.chunks: list[int] = []
+        self.jobs = self.column_jobs = self.partial = self.sums = 0
+
+    def partial_of(self, of: ShapeClass) -> int:
+        if self.kernels.kind != MATRICES:
+            return 0
+        slices, rows, columns = _as_matrix(of)
+        return 2 * columns * slices * -(-rows // self._rows_of_a_block(rows, columns))
+
+    def _rows_of_a_block(self, rows: int, columns: int) -> int:
+        tile_rows = self.kernels.shape[0]
+        most = max(LEAST_ROWS, BLOCK_BYTES // self.kernels.grad_dtype.itemsize // columns, -(-rows // MOST_BLOCKS))
+        return -(-min(most, rows) // tile_rows) * tile_rows
+
+    def _taken(self, count: int) -> int:
+        self.sums += count
+        return self.sums - count
+
+    def add(self, of: ShapeClass) -> None:
+        m, kind, shape = len(self.members), self.kernels.kind, self.kernels.shape
+        slices, rows, columns = (1, of.numel, 1) if kind in (VECTORS, SHORT) else _as_matrix(of)
+        if kind == MATRICES:
+            per, units = self._rows_of_a_block(rows, columns), slices
+            chunks = -(-columns // TILE_OF_COLUMNS[1])
+        elif kind == SLICES:
+            per, units, rows = slices_of_a_block(*shape[:2]), 1, slices
+            chunks = -(-rows // per)
+        else:
+            per, units = shape[0], 1
+            chunks = -(-rows // per)
+        blocks = -(-rows // per)
+        param_sq, update_sq, result = self._taken(units * blocks), self._taken(units * chunks), self._taken(2)
+        self.members.append([of.numel, result, param_sq, units * blocks, update_sq, units * chunks])
+        for s in range(units):
+            places = s * rows * columns, s * rows, s * columns, rows, columns, per, blocks
+            sums = param_sq + s * blocks, update_sq + s * chunks, s
+            if kind == MATRICES:
+                of_sums = self.jobs, self.column_jobs, self.partial, self._taken(blocks), self._taken(1)
+                self.units.append([m, *places, *of_sums, *sums, 0, 0, 0, 0])
+            else:
+                inner, of_p, of_g = _strides_of_slices(of) if kind == SLICES else (1, [0] * 4, [0] * 4)
+                self.units.append([m, inner, *places[1:], self.jobs, *of_p, *sums, *of_g])
+            self.blocks.append(blocks)
+            self.chunks.append(chunks if kind == MATRICES else 0)
+            self.jobs += blocks
+            self.column_jobs += self.chunks[-1]
+            self.partial += 2 * columns * blocks if kind == MATRICES else 0
+
+    def tables(self) -> Tables:
+        def jobs(counts: list[int]) -> Tensor:
+            every = torch.arange(len(counts), dtype=torch.int32, device="cpu")
+            return every.repeat_interleave(torch.tensor(counts, device="cpu"))
+
+        def table(rows: list[list[int]]) -> Tensor:
+            return torch.tensor(rows, dtype=torch.int64, device="cpu")
+
+        return Tables(jobs(self.blocks), jobs(self.chunks), table(self.units), table(self.members))
+
+
+def _as_matrix(of: ShapeClass) -> tuple[int, int, int]:
+    *lead, rows, columns = of.shape
+    return math.prod(lead), rows, columns
+
+
+def slices_of_a_block(rows: int, columns: int) -> int:
+    return TILE_OF_SLICES // (power(rows) * power(columns))
+
+
+def _strides_of_slices(of: ShapeClass) -> tuple[int, list[int], list[int]]:
+    """How many slices lie one stride apart, and strides of parameter and gradient: of those, of these, of rows and columns."""
+    if len(of.shape) == 4:
+        return of.shape[1], list(of.stride), list(of.grad_stride)
+    return 1, [of.stride[0], 0, *of.stride[-2:]], [of.grad_stride[0], 0, *of.grad_stride[-2:]]

@@ -1,0 +1,193 @@
+"""Matrices, in four launches for any number of any shapes.
+
+`matrix_statistics` goes over blocks of rows: it reads g and p, writes the new rows, and the sums over the rows of its block,
+plain and each row divided by its average. From those `matrix_columns` makes the columns and, by the identity of
+_update/matrices.py, the sum of the squares of the update: no pass over the elements is needed for it. `finish` makes the step
+size of each member; `apply_matrix` reads g and p again and writes p.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adafactor_compiled._gpu import tables as t
+from adafactor_compiled._gpu.common import (
+    agreement_of,
+    decay_rates,
+    moving_average,
+    noise_at,
+    number_of,
+    pointer_to,
+    share_of,
+    size_of,
+    total,
+    with_momentum,
+    write,
+)
+
+
+@triton.jit
+def matrix_statistics(
+    jobs, units, pointers, numbers, partial, sums,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    ONE_TILE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+):  # fmt: skip
+    """First reads of a block of rows; with `ONE_TILE` the columns are no more than those of a tile, which is read once."""
+    job = tl.program_id(0)
+    u = tl.load(jobs + job)
+    of = units + u * t.UNIT
+    m, start = tl.load(of + t.OF), tl.load(of + t.START)
+    p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED), pointer_to(pointers, m, t.G_AT, G, ALIGNED)
+    row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
+    R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
+    start = tl.multiple_of(start, 16) if ALIGNED else start
+    p, g = p + start, g + start
+    block = job - tl.load(of + t.FIRST_JOB)
+    first = block * size_of(of, t.PER, ALIGNED and TRANSPOSED)
+    end = tl.minimum(first + size_of(of, t.PER, ALIGNED and TRANSPOSED), R)
+    part = partial + tl.load(of + t.PARTIAL) + 2 * C * block
+    beta2, rest, eps = decay_rates(numbers, pointers, m)
+    columns = tl.arange(0, TILE_COLUMNS)
+    row_sum, param_sq = tl.zeros([TILE_ROWS], A), tl.zeros([TILE_COLUMNS], A)
+    # Where rows are short, adding them up in each tile would take longer than reading them.
+    wide: tl.constexpr = TILE_COLUMNS >= 256
+    col_sq = tl.zeros([TILE_COLUMNS] if wide else [TILE_ROWS, TILE_COLUMNS], A)
+    weighted_sq = tl.zeros([TILE_COLUMNS] if wide else [TILE_ROWS, TILE_COLUMNS], A)
+    for at in range(first, end, TILE_ROWS):
+        rows = at + tl.arange(0, TILE_ROWS)
+        inside = rows < end
+        row_sq = tl.zeros([TILE_ROWS], A)
+        old = tl.load(row + rows, inside, 0.0)
+        if ONE_TILE:
+            mask = inside[:, None] & (columns < C)[None, :]
+            where = rows[:, None] + columns[None, :] * R if TRANSPOSED else rows[:, None] * C + columns[None, :]
+            x = tl.load(g + where, mask, 0.0).to(A)
+            y = tl.load(p + where, mask, 0.0).to(A)
+            squared = x * x
+            param_sq += tl.sum(y * y, 0)
+            new = moving_average(old, tl.sum(squared, 1) / C, beta2, rest, eps)
+            weighted = squared / tl.where(inside, new, 1.0)[:, None]
+            col_sq += tl.sum(squared, 0) if wide else squared
+            weighted_sq += tl.sum(weighted, 0) if wide else weighted
+        else:
+            for c in range(0, C, TILE_COLUMNS):
+                mask = inside[:, None] & (c + columns < C)[None, :]
+                where = rows[:, None] + (c + columns)[None, :] * R if TRANSPOSED else rows[:, None] * C + (c + columns)[None, :]
+                x = tl.load(g + where, mask, 0.0).to(A)
+                y = tl.load(p + where, mask, 0.0, eviction_policy="evict_first").to(A)
+                row_sq += tl.sum(x * x, 1)
+                param_sq += tl.sum(y * y, 0)
+            new = moving_average(old, row_sq / C, beta2, rest, eps)
+        tl.store(row + rows, new, inside)
+        row_sum += tl.where(inside, new, 0.0)
+    tl.store(sums + tl.load(of + t.ROW_SUMS) + block, tl.sum(row_sum, 0).to(tl.float64))
+    tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + block, tl.sum(param_sq.to(tl.float64), 0))
+    if ONE_TILE:
+        tl.store(part + columns, col_sq if wide else tl.sum(col_sq, 0), columns < C)
+        tl.store(part + C + columns, weighted_sq if wide else tl.sum(weighted_sq, 0), columns < C)
+    else:
+        tl.debug_barrier()  # rows are read by other threads than wrote them
+        for c in range(0, C, TILE_COLUMNS):  # the block is in cache
+            col_sq = tl.zeros([TILE_COLUMNS], A)
+            weighted_sq = tl.zeros([TILE_COLUMNS], A)
+            for at in range(first, end, TILE_ROWS):
+                rows = at + tl.arange(0, TILE_ROWS)
+                mask = (rows < end)[:, None] & (c + columns < C)[None, :]
+                where = rows[:, None] + (c + columns)[None, :] * R if TRANSPOSED else rows[:, None] * C + (c + columns)[None, :]
+                squared = tl.load(g + where, mask, 0.0).to(A)
+                squared *= squared
+                col_sq += tl.sum(squared, 0)
+                weighted_sq += tl.sum(squared / tl.load(row + rows, rows < end, 1.0)[:, None], 0)
+            tl.store(part + c + columns, col_sq, c + columns < C)
+            tl.store(part + C + c + columns, weighted_sq, c + columns < C)
+
+
+@triton.jit
+def matrix_columns(
+    jobs, units, pointers, numbers, partial, sums,
+    A: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a unit from the sums of its blocks, and what they add to the sum of the squares of the update."""
+    job = tl.program_id(0)
+    u = tl.load(jobs + job)
+    of = units + u * t.UNIT
+    m, R, C, blocks = tl.load(of + t.OF), tl.load(of + t.ROWS), tl.load(of + t.COLUMNS), tl.load(of + t.BLOCKS)
+    col = pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
+    part = partial + tl.load(of + t.PARTIAL)
+    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
+    columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    inside = columns < C
+    col_sq, weighted_sq = tl.zeros([TILE_BLOCKS, TILE_COLUMNS], A), tl.zeros([TILE_BLOCKS, TILE_COLUMNS], A)
+    for start in range(0, blocks, TILE_BLOCKS):
+        b = start + tl.arange(0, TILE_BLOCKS)
+        mask = (b < blocks)[:, None] & inside[None, :]
+        where = 2 * C * b[:, None] + columns[None, :]
+        col_sq += tl.load(part + where, mask, 0.0)
+        weighted_sq += tl.load(part + C + where, mask, 0.0)
+    beta2, rest, eps = decay_rates(numbers, pointers, m)
+    old = tl.load(col + columns, inside, 1.0)
+    new = moving_average(old, tl.sum(col_sq, 0) / R, beta2, rest, eps)
+    tl.store(col + columns, new, inside)
+    row_mean = total(sums + tl.load(of + t.ROW_SUMS), blocks) / R.to(tl.float64)
+    if chunk == 0:
+        tl.store(sums + tl.load(of + t.MEAN), row_mean)
+    # As in matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
+    of_columns = tl.where(inside, tl.sum(weighted_sq, 0) / new, 0.0).to(tl.float64)
+    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(of_columns, 0) * row_mean)
+
+
+@triton.jit
+def apply_matrix(
+    jobs, units, members, pointers, numbers, draws, sums,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+):  # fmt: skip
+    """Second reads of a block of rows, and the only write of p; `COUNT`: how many elements agree in sign, nothing else."""
+    job = tl.program_id(0)
+    u = tl.load(jobs + job)
+    of = units + u * t.UNIT
+    m, start = tl.load(of + t.OF), tl.load(of + t.START)
+    start = tl.multiple_of(start, 16) if ALIGNED else start
+    p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED) + start, pointer_to(pointers, m, t.G_AT, G, ALIGNED) + start
+    row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
+    col = pointer_to(pointers, m, t.COL_AT, A, ALIGNED) + size_of(of, t.COL_START, ALIGNED and not TRANSPOSED)
+    R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
+    block = job - tl.load(of + t.FIRST_JOB)
+    first = block * size_of(of, t.PER, ALIGNED and TRANSPOSED)
+    end = tl.minimum(first + size_of(of, t.PER, ALIGNED and TRANSPOSED), R)
+    of_member = members + m * t.MEMBER
+    result = sums + tl.load(of_member + t.RESULT)
+    scale = (tl.load(result) * tl.sqrt(tl.load(sums + tl.load(of + t.MEAN)))).to(A)
+    decay, sign = tl.load(result + 1).to(A), number_of(numbers, pointers, m, t.SIGN)
+    agreeing = tl.zeros([TILE_ROWS], tl.float64)
+    if CAUTIOUS and not COUNT:
+        share = share_of(sums, of_member, tl.load(of_member + t.NUMEL), tl.load(of_member + t.PARAM_SQ), A)
+    for c in range(0, C, TILE_COLUMNS):
+        columns = c + tl.arange(0, TILE_COLUMNS)
+        col_factor = tl.rsqrt(tl.load(col + columns, columns < C, 1.0))
+        for at in range(first, end, TILE_ROWS):
+            rows = at + tl.arange(0, TILE_ROWS)
+            mask = (rows < end)[:, None] & (columns < C)[None, :]
+            where = rows[:, None] + columns[None, :] * R if TRANSPOSED else rows[:, None] * C + columns[None, :]
+            row_factor = tl.rsqrt(tl.load(row + rows, rows < end, 1.0)) * scale
+            x = tl.load(g + where, mask, 0.0).to(A)
+            update = x * row_factor[:, None] * col_factor[None, :]
+            noise = decay
+            if ROUNDING and not COUNT:
+                slices = tl.load(of + t.SLICE)
+                noise = noise_at(draws, m, slices, rows[:, None], columns[None, :], P)
+            if M is not None:
+                exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + start + where
+                update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
+                if not COUNT:
+                    write(exp_avg, update, mask, noise, M, ROUNDING)
+            if COUNT:
+                agreeing += tl.sum(tl.where(mask, agreement_of(update, x, sign), 0.0).to(tl.float64), 1)
+            else:
+                if CAUTIOUS:
+                    update *= agreement_of(update, x, sign) / share
+                y = tl.load(p + where, mask, 0.0).to(A)
+                write(p + where, y - (y * decay + update), mask, noise, P, ROUNDING)
+    if COUNT:
+        tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + block, tl.sum(agreeing, 0))

@@ -1,0 +1,93 @@
+"""Triton's interpreter, where each access of a kernel is checked: a step may touch the tensors of its members, and what is
+made for it, and nothing else."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from adafactor_compiled._gpu import launches
+
+AVAILABLE = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+
+class Memory:
+    """What may be read and written, a range of addresses for each tensor."""
+
+    def __init__(self) -> None:
+        self.ranges: list[tuple[int, int]] = []
+        self.kept: list[Tensor] = []  # so that no address is used again
+        self.accesses = 0
+
+    def forget(self) -> None:
+        self.ranges.clear()
+        self.kept.clear()
+        launches.try_out.cache_clear()
+
+    def add(self, *tensors: Tensor) -> None:
+        for x in tensors:
+            storage = x.untyped_storage()
+            self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            self.kept.append(x)
+
+    def check(self, pointers: Any, mask: Any) -> None:
+        first = pointers.data[mask.data]
+        if first.size:
+            self.accesses += first.size
+            last = first + pointers.get_element_ty().primitive_bitwidth // 8
+            inside = [(first >= start) & (last <= end) for start, end in self.ranges]
+            assert np.any(inside, axis=0).all(), "a kernel touches memory that is not its own"
+
+
+def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
+    """From now on; gives what is allowed."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    from adafactor_compiled._gpu import steps
+
+    memory = Memory()
+
+    def checked(access: Any, mask_at: int) -> Any:
+        def call(self: Any, pointers: Any, *arguments: Any) -> Any:
+            memory.check(pointers, arguments[mask_at])
+            return access(self, pointers, *arguments)
+
+        return call
+
+    def allowed(function: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = function(*arguments, **options)
+            memory.add(result)
+            return result
+
+        return call
+
+    ready_of = launches._ready
+
+    def ready(launch: Any, entries: Any, update_rms: Any, tables: Any) -> Any:
+        for i in launch.positions:
+            _, param, grad, state, _ = entries[i]
+            memory.add(param, grad, update_rms[i], *(x for x in state.values() if isinstance(x, Tensor)))
+        return ready_of(launch, entries, update_rms, tables)
+
+    def step(run: Any) -> Any:
+        def call(ready: Any, numbers: Tensor, draws: Tensor | None) -> None:
+            memory.add(*ready.tables, ready.pointers, numbers, *([] if draws is None else [draws]))
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "empty", allowed(torch.empty))
+                run(ready, numbers, draws)
+
+        return call
+
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked(InterpreterBuilder.create_masked_load, 0))
+    monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
+    monkeypatch.setattr(launches, "_ready", ready)
+    monkeypatch.setattr(launches, "_zeros", allowed(launches._zeros))
+    monkeypatch.setattr(steps, "STEPS", {kind: step(run) for kind, run in steps.STEPS.items()})
+    return memory

@@ -1,0 +1,208 @@
+"""The kernels of a GPU against the reference path, in Triton's interpreter, with each access checked."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from against_reference import BFLOAT16, FLOAT16, FLOAT32, check_against_reference, problem_of
+from compilers import compiled_by, uncompiled
+from hypothesis import HealthCheck, given, settings
+from interpreter import Memory
+from strategies import Group, Parameter, Problem, problems
+
+from adafactor_compiled import Adafactor
+from adafactor_compiled._gpu import launches, layout
+from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS
+
+COMMON = settings(max_examples=40, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
+
+
+@pytest.fixture
+def in_parts(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Several blocks, tiles and launches for what fits into one otherwise."""
+    for name, value in {
+        "BLOCK_BYTES": 256,
+        "LEAST_ROWS": 2,
+        "TILE": {2: 64, 4: 64, 8: 64},
+        "WIDEST": 16,
+        "CHUNK": 16,
+        "SHORTEST": (8, 16),
+        "TILE_OF_COLUMNS": (2, 16),
+        "TILE_OF_SLICES": 16,
+        "MOST_OF_SLICE": 16,
+    }.items():
+        monkeypatch.setattr(layout, name, value)
+    monkeypatch.setattr(launches, "LEAST_PARTIAL", 64)
+
+
+def kinds_of(optimizer: Adafactor) -> set[str]:
+    plan = optimizer._stepper._plans[None]
+    assert not plan.calls
+    return {launch.kernels.kind for launch in plan.launches}
+
+
+@COMMON
+@given(problem=problems())
+def test_drawn_problems(on_gpu: Memory, problem: Problem) -> None:
+    on_gpu.forget()
+    with compiled_by(uncompiled):
+        check_against_reference(problem, "kernels", compile=True)
+
+
+@COMMON
+@given(problem=problems())
+def test_drawn_problems_in_parts(on_gpu: Memory, in_parts: None, problem: Problem) -> None:
+    on_gpu.forget()
+    with compiled_by(uncompiled):
+        check_against_reference(problem, "kernels, in parts", compile=True)
+
+
+MATRICES_OF = [(70, 48), (33, 20), (3, 1500), (130, 16), (64, 64), (2, 40, 24), (6, 4, 3, 3), (6, 4, 1, 1)]
+SHAPES = [*MATRICES_OF, (5000,), (1024,), (31,), ()]
+WITH = {
+    "plain": {},
+    "momentum and decay": {"beta1": 0.9, "weight_decay": 0.1},
+    "maximize": {"maximize": True, "weight_decay": 0.1, "weight_decay_scale": "none"},
+    "a rate of its own": {"lr": 1e-2, "relative_step": False, "scale_parameter": False, "clip_threshold": None},
+    "cautious": {"beta1": 0.9, "cautious": True},
+    "skips": {"nonfinite": "skip"},
+}
+
+
+@pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
+@pytest.mark.parametrize("options", WITH.values(), ids=WITH)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_options(on_gpu: Memory, dtype: torch.dtype, options: dict[str, Any], layout: str) -> None:
+    shapes = SHAPES if layout == "contiguous" else MATRICES_OF
+    check_against_reference(problem_of(*shapes, dtype=dtype, layout=layout, **options), "kernels", steps=2, compile=True)
+
+
+@pytest.mark.parametrize("shape", [(6, 4, 3, 3), (2, 3, 5, 7), (4, 8, 7, 7)])
+def test_channels_last(on_gpu: Memory, shape: tuple[int, ...]) -> None:
+    problem = problem_of(shape, layout="channels_last", beta1=0.9)
+    check_against_reference(problem, "kernels", compile=True)
+
+
+@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
+@pytest.mark.parametrize("momentum", [{}, {"beta1": 0.9}, {"beta1": 0.9, "momentum_dtype": BFLOAT16}], ids=str)
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_stochastic_rounding_draws_as_on_the_other_paths(
+    on_gpu: Memory, dtype: torch.dtype, momentum: dict[str, Any], layout: str
+) -> None:
+    """Nearly all elements are the same bits: the others were next to where the noise decides."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"stochastic_rounding": True, "weight_decay": 0.1, **momentum}
+    both = []
+    shapes = SHAPES if layout == "contiguous" else MATRICES_OF
+    values = [torch.randn(shape, generator=generator) for shape in shapes]
+    gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
+    for path in ({"compile": True}, {"foreach": False}):
+        params = [Parameter(x.shape, dtype, layout, dtype, ()).make(generator) for x in values]
+        for param, x in zip(params, values, strict=True):
+            param.data.copy_(x)
+        optimizer = Adafactor(params, **options, **path)
+        for of_step in gradients:
+            for param, x in zip(params, of_step, strict=True):
+                param.grad = torch.empty_like(param).copy_(x)
+            optimizer.step()
+        both.append(params)
+    for p, q in zip(*both, strict=True):
+        assert (p != q).sum() <= 2 + p.numel() // 200, tuple(p.shape)
+
+
+def test_every_kind_of_launch(on_gpu: Memory) -> None:
+    params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
+    optimizer = Adafactor(params, compile=True)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+    assert kinds_of(optimizer) == {MATRICES, SHORT, SLICES, VECTORS}
+    assert not optimizer._stepper._plans[None].eager
+    assert on_gpu.accesses
+
+
+def test_members_of_several_groups_have_their_own_numbers(on_gpu: Memory) -> None:
+    pattern = ("normal",)
+    groups = [
+        Group({"lr": lr, "relative_step": False}, tuple(Parameter(s, FLOAT32, "contiguous", FLOAT32, pattern) for s in SHAPES))
+        for lr in (1e-3, 3e-2)
+    ]
+    check_against_reference(Problem(tuple(groups), 0), "kernels", compile=True)
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (64,), (5008,)])
+def test_addresses_that_are_no_multiples_of_16(on_gpu: Memory, shape: tuple[int, ...]) -> None:
+    """Views of flat buffers lie anywhere: 128 bits at a time would be an error of the GPU."""
+    param = torch.randn(torch.Size(shape).numel() + 1)[1:].view(shape).requires_grad_()
+    other = param.detach().clone().requires_grad_()
+    optimizer, reference = Adafactor([param], compile=True), Adafactor([other], foreach=False)
+    for p in (param, other):
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    reference.step()
+    torch.testing.assert_close(param, other)
+    (launch,) = optimizer._stepper._plans[None].launches
+    assert launch.kernels.sixteens
+    (ready,) = launches.prepare([launch], optimizer_entries(optimizer), [torch.zeros(())], [torch.zeros(13)])
+    assert not ready.aligned
+    param.data = other.detach().clone()
+    (ready,) = launches.prepare([launch], optimizer_entries(optimizer), [torch.zeros(())], [torch.zeros(13)])
+    assert ready.aligned == (param.grad.data_ptr() % 16 == 0)
+
+
+def optimizer_entries(optimizer: Adafactor) -> Any:
+    from adafactor_compiled._state.entries import entries_of
+
+    return entries_of(optimizer.param_groups, optimizer.state)
+
+
+def test_what_lies_elsewhere_is_found(on_gpu: Memory) -> None:
+    """Gradients, parameters and states move between steps; what stays is not sent again."""
+    param = torch.randn(8, 24).requires_grad_()
+    optimizer = Adafactor([param], compile=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    (launch,) = optimizer._stepper._plans[None].launches
+    pointers = launch.there.pointers
+    optimizer.step()
+    assert launch.there.pointers is pointers
+    other = param.detach().clone().requires_grad_()
+    reference = Adafactor([other], foreach=False)
+    reference.load_state_dict(optimizer.state_dict())
+    param.grad, other.grad = torch.ones_like(param), torch.ones_like(param)
+    param.data = param.detach().clone()
+    for key in ("exp_avg_sq_row", "exp_avg_sq_col"):
+        optimizer.state[param][key].set_(optimizer.state[param][key].clone())
+    optimizer.step()
+    reference.step()
+    torch.testing.assert_close(param, other)
+    assert launch.there.pointers is not pointers
+
+
+def test_state_without_memory(on_gpu: Memory) -> None:
+    param = torch.randn(8, 24).requires_grad_()
+    optimizer = Adafactor([param], compile=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    before = param.detach().clone()
+    optimizer.state[param]["exp_avg_sq_row"].untyped_storage().resize_(0)
+    with pytest.raises(RuntimeError, match=r"parameter 0 .* has state without memory; nothing was stepped"):
+        optimizer.step()
+    assert torch.equal(param, before)
+    assert optimizer.state[param]["step"] == 1
+
+
+def test_repeated_steps_give_the_same_bits(on_gpu: Memory) -> None:
+    results = []
+    for _ in range(2):
+        generator = torch.Generator().manual_seed(0)
+        params = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
+        optimizer = Adafactor(params, compile=True, beta1=0.9)
+        for _ in range(2):
+            for param in params:
+                param.grad = torch.randn(param.shape, generator=generator)
+            optimizer.step()
+        results.append(params)
+    assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
