@@ -53,7 +53,8 @@ class Ready(NamedTuple):
     launch: Launch
     tables: Tables
     pointers: Tensor
-    aligned: bool
+    aligned: bool  # whether 128 bits can be read at a time
+    written: list[Tensor]
 
 
 def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Launch]:
@@ -93,12 +94,14 @@ def prepare(launches: Sequence[Launch], entries: list[Entry], update_rms: list[T
 
 def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> Ready:
     of, addresses, bits = launch.shape_class, [], 0
+    written: list[Tensor] = []
     numbers: dict[int, int] = {}
     for i in launch.positions:
         position, p, g, state, _ = entries[i]
         v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
         exp_avg = state["exp_avg"] if of.momentum else v
         of_member = [x.data_ptr() for x in (p, g, v, w, exp_avg, state["RMS"], update_rms[i])]
+        written += (p, v, w, exp_avg, state["RMS"], update_rms[i])
         if not all(of_member):
             raise RuntimeError(f"parameter {position} (shape {tuple(p.shape)}) has state without memory; nothing was stepped")
         bits |= of_member[0] | of_member[1] | of_member[2] | of_member[3] | of_member[4]
@@ -108,7 +111,7 @@ def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], table
     aligned = launch.kernels.sixteens and bits % 16 == 0
     if aligned != launch.kernels.sixteens:
         try_out(launch.kernels._replace(sixteens=False))
-    return Ready(launch, on_device, pointers, aligned)
+    return Ready(launch, on_device, pointers, aligned, written)
 
 
 def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
@@ -152,6 +155,7 @@ def run_launch(ready: Ready, tables: list[Tensor], draws: Tensor | None) -> None
 
     with torch.cuda.device(of.device) if of.device.type == "cuda" else nullcontext():
         STEPS[of.kind](ready, numbers, draws)
+    torch.autograd.graph.increment_version(ready.written)  # as operations of torch do by themselves
 
 
 @functools.cache
@@ -168,7 +172,7 @@ def try_out(of: Kernels) -> None:
     tables, pointers = _there(example, [*(x.data_ptr() for x in tensors), 0])
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    run_launch(Ready(example, tables, pointers, of.sixteens), [numbers], draws)
+    run_launch(Ready(example, tables, pointers, of.sixteens, []), [numbers], draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:

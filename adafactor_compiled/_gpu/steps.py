@@ -44,7 +44,7 @@ def _sums(ready: Ready) -> Tensor:
 
 
 def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, column_jobs, units, members), pointers, aligned = ready
+    launch, (jobs, column_jobs, units, members), pointers, aligned, _ = ready
     of, sums = launch.kernels, _sums(ready)
     partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
     types, (height, width, one_tile, transposed) = _types(of), of.shape
@@ -67,7 +67,7 @@ def _counts(of: Kernels) -> tuple[bool, ...]:
 
 
 def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, _, units, members), pointers, aligned = ready
+    launch, (jobs, _, units, members), pointers, aligned, _ = ready
     of, sums = launch.kernels, _sums(ready)
     types, (elements, twice) = _types(of), of.shape
     tile = {"TILE": elements, "ALIGNED": aligned, "num_warps": max(4, elements // 512)}
@@ -81,7 +81,7 @@ def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
 
 
 def _step_slices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, _, units, members), pointers, _ = ready
+    launch, (jobs, _, units, members), pointers = ready[:3]
     of, sums = launch.kernels, _sums(ready)
     types, (rows, columns, contiguous) = _types(of), of.shape
     tile = {"TILE": slices_of_a_block(rows, columns), "R": rows, "C": columns, "CONTIGUOUS": bool(contiguous), "num_warps": 4}

@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.layout import group_by_key
 
 
 @contextmanager
@@ -20,7 +22,7 @@ def counts_kept_true(entries: Sequence[Entry]) -> Iterator[None]:
     next step then adds once more.
     """
     versions = [_version(entry.param) for entry in entries]
-    before = [_copied(entry.state["step"]) for entry in entries]
+    before = _copied([entry.state["step"] for entry in entries])
     try:
         yield
     except BaseException as error:
@@ -40,8 +42,15 @@ def _version(param: Tensor) -> int:
     return (param._local_tensor if isinstance(param, DTensor) else param)._version
 
 
-def _copied(step: int | Tensor) -> int | Tensor:
-    return step.clone() if isinstance(step, Tensor) else step
+def _copied(steps: list[int | Tensor]) -> list[int | Tensor]:
+    """Of those in tensors, copies: a stack for each device, since a copy of each would be a launch of a GPU each."""
+    copies = list(steps)
+    in_tensors = [(i, step) for i, step in enumerate(steps) if isinstance(step, Tensor)]
+    for at in group_by_key(step.device for _, step in in_tensors).values():
+        stack = torch.stack([in_tensors[j][1] for j in at])
+        for j, copy in zip(at, stack.unbind(), strict=True):
+            copies[in_tensors[j][0]] = copy
+    return copies
 
 
 def _note(error: BaseException, stepped: list[int], count: int) -> None:

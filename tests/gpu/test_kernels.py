@@ -206,3 +206,34 @@ def test_repeated_steps_give_the_same_bits(on_gpu: Memory) -> None:
             optimizer.step()
         results.append(params)
     assert all(torch.equal(p, q) for p, q in zip(*results, strict=True))
+
+
+def test_autograd_sees_what_a_step_writes(on_gpu: Memory) -> None:
+    params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
+    optimizer = Adafactor(params, compile=True, beta1=0.9)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    loss = (params[0] * params[0]).sum()
+    before = [param._version for param in params]
+    optimizer.step()
+    assert all(param._version > version for param, version in zip(params, before, strict=True))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_an_interrupted_step_says_who_was_stepped(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    from adafactor_compiled._gpu import steps
+
+    params = [torch.randn(shape).requires_grad_() for shape in [(8, 24), (31,)]]
+    optimizer = Adafactor(params, compile=True)
+    for param in params:
+        param.grad = torch.randn_like(param)
+    optimizer.step()
+
+    def fails(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setitem(steps.STEPS, SHORT, fails)
+    with pytest.raises(KeyboardInterrupt):
+        optimizer.step()
+    assert [optimizer.state[param]["step"] for param in params] == [2, 1]
