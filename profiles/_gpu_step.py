@@ -2,8 +2,8 @@
 
     python profiles/_gpu_step.py '{"shapes": [[768, 3072], [768]], "dtype": "float32", "beta1": null}'
 
-It prints one line of JSON. The optimizer, its plan, `warm_up` and the step are the package's own; the parameters are on the CPU,
-without values, and in place of a kernel a recorder notes its launches. Nothing needs a GPU, and nothing is computed.
+It prints one line of JSON. The optimizer, its plan, `warm_up` and the step are the package's own; the parameters are on the
+CPU, without values, and in place of a kernel a recorder notes its launches. Nothing needs a GPU, and nothing is computed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from _triton_build import build
+from gpu_kernels import milliseconds
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,21 +25,9 @@ from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._gpu import layout, steps
 
-BANDWIDTH, SHORTEST = 2.5e12, 2e-6  # bytes a second, and seconds of a launch at least: of an H100, for estimates
-KERNELS = [
-    "matrix_statistics",
-    "matrix_columns",
-    "apply_matrix",
-    "vector_sums",
-    "apply_vector",
-    "slice_statistics",
-    "apply_slices",
-]
-FREE = {"aten::detach", "aten::view", "aten::unbind", "aten::slice", "aten::select", "aten::alias"}  # and launch nothing
-
-
-def milliseconds(moved: float, launches: int = 1) -> float:
-    return 1e3 * max(moved / BANDWIDTH, launches * SHORTEST)
+OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
+KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", "finish"]
+NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh"}
 
 
 class Launched(NamedTuple):
@@ -73,7 +62,7 @@ class Eager(TorchDispatchMode):
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = function(*args, **(kwargs or {}))
         name = function._schema.name
-        if name not in FREE and "empty" not in name:
+        if name.startswith("aten") and name not in NO_LAUNCHES and "empty" not in name:
             self.operations[name] += 1
         return result
 
@@ -82,7 +71,7 @@ class Eager(TorchDispatchMode):
 def recorded() -> Iterator[list[Launched]]:
     """From now on parameters on a CPU count as on a GPU, and what would be launched is noted."""
     launched: list[Launched] = []
-    before = layout.is_gpu, passes.environment, {name: getattr(steps, name) for name in (*KERNELS, "finish")}
+    before = layout.is_gpu, passes.environment, {name: getattr(steps, name) for name in KERNELS}
     layout.is_gpu = lambda device: True
     passes.environment = lambda: 0  # also in the mode that counts
     for name, kernel in before[2].items():
@@ -108,7 +97,7 @@ def moved(launched: Launched) -> float:
     total = 0.0
     for unit in units.tolist():
         rows, columns, blocks = unit[4], unit[5], unit[7]
-        if name in ("matrix_statistics", "matrix_columns", "apply_matrix"):
+        if name in OF_MATRICES:
             n, sums = rows * columns, 2 * columns * blocks * a
             again = 0 if constants.get("ONE_TILE") else n * g
             total += {

@@ -1,17 +1,20 @@
-"""What a step launches and moves on a GPU, read from the code that is generated for an H100; no GPU is needed, nothing is run.
+"""What a step launches and moves on a GPU, and what Triton builds for it; no GPU is needed, and nothing is computed.
 
-For the parameter lists of networks the package makes its plan of a step and compiles it, as it does on a card, for parameters
-that have shapes and no memory. What Inductor generates says how many kernels a step launches and which bytes they read and
-write. Device time is an estimate: bytes over 2.5 TB/s, and at least 2 us a launch; that of fused AdamW is made the same way.
+For the parameter lists of networks the package makes its plan of a step, compiles ahead and steps, for parameters that are said
+to be on a GPU and have no values. In place of a kernel a recorder notes the launch and what it is to be compiled for; Triton
+then builds each kernel for an H100 (sm_90), and its disassembler says how many registers it takes, what does not fit in them,
+and which loads are 128 bits wide. Device time is an estimate: bytes over 2.5 TB/s, and at least 2 us a launch; that of fused
+AdamW is made the same way. What a card takes, gpu.py measures.
 
-It needs a CUDA build of torch 2.13 or later, and a C compiler. Each network has a process of its own, with empty caches.
+It needs Triton, which CUDA builds of torch bring, and a C compiler. Each network has a process of its own, with empty caches.
 
-    python profiles/gpu_kernels.py --networks gpt2 --kernels 0.5 --build
+    python profiles/gpu_kernels.py --networks gpt2 --kernels 0.5
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import math
 import os
@@ -25,10 +28,15 @@ from typing import Any, NamedTuple
 import torch
 from _networks import NETWORKS, Shapes, by_shape
 from _shared import color_of, figures, markdown_table, parser, run_profile
-from _shared.fake_gpu import BANDWIDTH, SHORTEST, check_build, environment, milliseconds
 from step_time import ROWS, Row
 
 CHILD = Path(__file__).with_name("_gpu_step.py")
+BANDWIDTH, SHORTEST = 2.5e12, 2e-6  # bytes a second, and seconds of a launch at least: of an H100
+
+
+def milliseconds(moved: float, launches: int = 1) -> float:
+    """An estimate for an H100."""
+    return 1e3 * max(moved / BANDWIDTH, launches * SHORTEST)
 
 
 class Goal(NamedTuple):
@@ -51,27 +59,33 @@ CASES: dict[str, tuple[Row, dict[str, Any]]] = {
     "gpt2-beta1-bfloat16": (HALF_MOMENTUM, {"momentum_dtype": "bfloat16"}),
 }
 MOST_CODEGEN_S = 90.0
+LARGE = 1.0  # bytes an element that make a kernel a large one
 
 
-def kernels_of(shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float | None = None, **case: Any) -> dict[str, Any]:
+def kernels_of(
+    shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float | None = None, **options: Any
+) -> dict[str, Any]:
     """What a step of parameters launches and moves, see _gpu_step.py.
 
     Args:
         shapes: of the parameters.
         dtype: of parameters and gradients.
         beta1: as of the optimizer.
-        **case: `options` of the optimizer, a dtype by its name; `build`, whether Triton builds each kernel; `sources`, a folder
-            for the code.
+        **options: others of the optimizer, a dtype by its name.
+
+    Raises:
+        RuntimeError: Triton is missing, or does not build a kernel.
     """
-    check_build()
+    if importlib.util.find_spec("triton") is None:
+        raise RuntimeError("the kernels of a GPU need Triton, which CUDA builds of torch for Linux bring; no GPU is needed")
+    case = {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), "beta1": beta1, "options": options}
     with tempfile.TemporaryDirectory(prefix="gpu-") as directory:
-        variables = environment(Path(directory))
+        variables = {**os.environ, "TRITON_CACHE_DIR": directory, "TRITON_INTERPRET": "0"}
         variables["PYTHONPATH"] = os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")])
-        case |= {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), "beta1": beta1}
         command = [sys.executable, str(CHILD), json.dumps(case)]
         done = subprocess.run(command, capture_output=True, text=True, env=variables, check=False)
     if done.returncode:
-        raise RuntimeError(f"generating the kernels failed:\n{done.stderr}")
+        raise RuntimeError(f"building the kernels failed:\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
 
@@ -99,12 +113,12 @@ def adamw(shapes: Shapes, itemsize: int) -> dict[str, float]:
 def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     (row, of_optimizer), goal = CASES[name], GOALS.get(name, Goal())
     shapes = NETWORKS[row.network]()
-    sources = options.sources and str(options.sources.resolve() / name)
-    result = kernels_of(shapes, row.dtype, row.beta1, options=of_optimizer, build=options.build, sources=sources)
-    print(f"{row.title}: {result['graphs']} graphs in {result['codegen_s']:.0f} s", flush=True)
-    for graph in result["of_graphs"]:
-        print(lines_of(graph, options.kernels), flush=True)
-    print(f"  eager: {result['of_eager']}", flush=True)
+    result = kernels_of(shapes, row.dtype, row.beta1, **of_optimizer)
+    print(f"{row.title}: {result['graphs']} kernels built in {result['codegen_s']:.1f} s", flush=True)
+    for kernel in result["of_kernels"]:
+        if options.kernels is not None and kernel["bytes_per_element"] >= options.kernels:
+            print(line_of(kernel), flush=True)
+    print(f"  torch: {result['of_aten']}", flush=True)
     return {
         "title": row.title,
         "shapes": by_shape(shapes),
@@ -117,17 +131,10 @@ def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def lines_of(graph: dict[str, Any], least: float | None) -> str:
-    """A graph; and its kernels that move at least so many bytes an element, over all their launches in a step."""
-    launches = f"{graph['calls']} calls of {graph['triton_launches']} Triton and {graph['aten_launches']} aten launches"
-    lines = [
-        f"  {graph['function']}, k {graph['k']}, {graph['sizes']}: {launches}, "
-        f"{graph['bytes_per_element']:.2f} bytes an element, {graph['codegen_s']:.0f} s"
-    ]
-    if least is not None:
-        kernels = [(name, launches, size) for name, (launches, size) in graph["kernels"].items() if size >= least]
-        lines += [f"    {size:6.2f} in {launches} launches of {name}" for name, launches, size in kernels]
-    return "\n".join(lines)
+def line_of(kernel: dict[str, Any]) -> str:
+    """A kernel, its launches and bytes, and what it is compiled for."""
+    constants = ", ".join(f"{name} {x}" for name, x in kernel["constants"].items())
+    return f"  {kernel['bytes_per_element']:6.2f} in {kernel['launches']} launches of {kernel['name']}: {constants}"
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -146,60 +153,43 @@ def table(result: dict[str, Any]) -> str:
     """Launches, bytes and the estimate beside fused AdamW's, with the goals in brackets."""
     header = [
         "",
-        "graphs",
-        "made in steps",
-        "code generation, s",
-        "Triton launches",
-        "aten launches in graphs",
-        "outside of graphs",
+        "kernels",
+        "built in steps",
+        "building, s",
+        "launches",
+        "operations of torch",
         "bytes/element",
         "fused AdamW's",
         "estimate, ms",
         "fused AdamW's",
-    ]
-    rows = [
-        [
-            row["title"],
-            str(row["graphs"]),
-            str(row["graphs_in_steps"]),
-            at_most(row["codegen_s"], result["most_codegen_s"], ".0f"),
-            at_most(row["triton_launches"], row["goal"]["launches"], "d"),
-            at_most(row["aten_launches"], 0, "d"),
-            str(row["eager_launches"]),
-            at_most(row["bytes_per_element"], row["goal"]["bytes_per_element"], ".2f"),
-            f"{row['fused_adamw']['bytes_per_element']:g} in {row['fused_adamw']['launches']}",
-            f"{row['device_ms']:.2f}",
-            f"{row['fused_adamw']['device_ms']:.2f}",
-        ]
-        for row in result["networks"].values()
-    ]
-    built = [line_of_build(row) for row in result["networks"].values() if all("build" in graph for graph in row["of_graphs"])]
-    header_of_built = [
-        "",
-        "kernels",
-        "configurations built",
-        "s",
         "most registers",
-        "most bytes of stack",
+        "bytes of stack",
         "large kernels",
         "with loads of 128 bits",
     ]
-    return markdown_table(header, rows) + (f"\n\n{markdown_table(header_of_built, built)}" if built else "")
-
-
-def line_of_build(row: dict[str, Any]) -> list[str]:
-    builds = [graph["build"] for graph in row["of_graphs"]]
-    large = [configurations for build in builds for configurations in build["large"].values()]
-    return [
-        row["title"],
-        str(sum(build["kernels"] for build in builds)),
-        str(sum(build["configurations"] for build in builds)),
-        f"{sum(build['seconds'] for build in builds):.0f}",
-        str(max(build["registers"] for build in builds)),
-        str(max(build["stack"] for build in builds)),
-        str(len(large)),
-        str(sum(any(x["wide_loads"] for x in configurations) for configurations in large)),
-    ]
+    rows = []
+    for row in result["networks"].values():
+        builds = [kernel["build"] for kernel in row["of_kernels"]]
+        large = [kernel["build"] for kernel in row["of_kernels"] if kernel["bytes_per_element"] >= LARGE]
+        rows.append(
+            [
+                row["title"],
+                str(row["graphs"]),
+                str(row["graphs_in_steps"]),
+                at_most(row["codegen_s"], result["most_codegen_s"], ".1f"),
+                at_most(row["triton_launches"], row["goal"]["launches"], "d"),
+                str(row["aten_launches"]),
+                at_most(row["bytes_per_element"], row["goal"]["bytes_per_element"], ".2f"),
+                f"{row['fused_adamw']['bytes_per_element']:g} in {row['fused_adamw']['launches']}",
+                f"{row['device_ms']:.2f}",
+                f"{row['fused_adamw']['device_ms']:.2f}",
+                str(max(build["registers"] for build in builds)),
+                str(max(build["stack"] for build in builds)),
+                str(len(large)),
+                str(sum(build["wide_loads"] > 0 for build in large)),
+            ]
+        )
+    return markdown_table(header, rows)
 
 
 def draw(result: dict[str, Any]) -> Any:
@@ -210,19 +200,19 @@ def draw(result: dict[str, Any]) -> Any:
         axes.set_title(title)
         axes.grid(visible=False, axis="y")
     for y, row in enumerate(rows):
-        in_graphs, peer, goal = row["triton_launches"] + row["aten_launches"], row["fused_adamw"], row["goal"]
+        kernels, peer, goal = row["triton_launches"], row["fused_adamw"], row["goal"]
         values = [
-            (in_graphs + row["eager_launches"], peer["launches"], goal["launches"]),
+            (kernels + row["aten_launches"], peer["launches"], goal["launches"]),
             (row["bytes_per_element"], peer["bytes_per_element"], goal["bytes_per_element"]),
             (row["device_ms"], peer["device_ms"], None),
         ]
         for axes, (ours, theirs, most) in zip(panels, values, strict=True):
-            outside = axes is panels[0]  # what is launched outside of graphs is paler
-            bar(axes, y - 0.19, ours, "compiled", "Adafactor, outside of graphs" if outside else None, 0.4 if outside else 1)
-            bar(axes, y + 0.19, theirs, "AdamW", "fused AdamW" if outside else None)
+            first = axes is panels[0]  # where what torch launches is paler
+            bar(axes, y - 0.19, ours, "compiled", "Adafactor, operations of torch" if first else None, 0.4 if first else 1)
+            bar(axes, y + 0.19, theirs, "AdamW", "fused AdamW" if first else None)
             if most is not None:
-                axes.plot([most, most], [y - 0.38, y], color="black", linewidth=2, label="goal" if outside else None)
-        bar(panels[0], y - 0.19, in_graphs, "compiled", "Adafactor, in graphs", text="")
+                axes.plot([most, most], [y - 0.38, y], color="black", linewidth=2, label="goal" if first else None)
+        bar(panels[0], y - 0.19, kernels, "compiled", "Adafactor, kernels of its own", text="")
     panels[0].set(xscale="log", xlim=(1, None), xlabel="logarithmic")
     panels[0].set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     panels[0].minorticks_off()
@@ -245,20 +235,9 @@ def bar(axes: Any, y: float, value: float, name: str, label: str | None, alpha: 
 def main() -> None:
     options = parser(__doc__, redraw=True)
     options.add_argument("--networks", nargs="+", choices=CASES, metavar="NAME", help=f"of {', '.join(CASES)} (default: seven)")
-    options.add_argument("--build", action="store_true", help="have Triton build every kernel, and look at what it built")
-    options.add_argument(
-        "--kernels",
-        type=float,
-        metavar="BYTES",
-        help="name the kernels of each graph that move so many bytes an element or more",
-    )
-    options.add_argument("--sources", type=Path, help="directory in which to keep what was generated")
+    help_kernels = "name the kernels that move so many bytes an element or more"
+    options.add_argument("--kernels", type=float, metavar="BYTES", help=help_kernels)
     chosen = options.parse_args()
-    if not chosen.redraw:
-        try:
-            check_build()
-        except RuntimeError as error:
-            raise SystemExit(str(error)) from None
     run_profile("gpu_kernels", chosen, measure, table, draw)
 
 

@@ -23,7 +23,7 @@ class Memory:
     def __init__(self) -> None:
         self.ranges: list[tuple[int, int]] = []
         self.kept: list[Tensor] = []  # so that no address is used again
-        self.accesses = 0
+        self.accesses = self.bytes = 0
 
     def forget(self) -> None:
         self.ranges.clear()
@@ -40,7 +40,9 @@ class Memory:
         first = pointers.data[mask.data]
         if first.size:
             self.accesses += first.size
-            last = first + pointers.get_element_ty().primitive_bitwidth // 8
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            self.bytes += first.size * size
+            last = first + size
             inside = [(first >= start) & (last <= end) for start, end in self.ranges]
             assert np.any(inside, axis=0).all(), "a kernel touches memory that is not its own"
 
