@@ -17,6 +17,8 @@ COMPILER = (
     "install a C++ compiler (Debian and Ubuntu: `apt-get install g++`; conda: `conda install gxx`) or name it in the "
     "environment variable CXX"
 )
+C_COMPILER = "install a C compiler (Debian and Ubuntu: `apt-get install gcc`) or name it in the environment variable CC"
+TRITON = "install it: `pip install triton` on Linux, `pip install triton-windows` on Windows"
 CACHE = (
     "name a folder that can be written to, on a disk with room from which code may run, in the environment variable "
     "TORCHINDUCTOR_CACHE_DIR"
@@ -75,6 +77,10 @@ def cause_of(error: BaseException) -> tuple[str, str]:
     last = chain[-1]
     if any(type(x).__name__ == "InvalidCxxCompiler" for x in chain):
         return "no C++ compiler was found", COMPILER
+    if any(isinstance(x, ModuleNotFoundError) and x.name == "triton" for x in chain):
+        return "Triton is missing, which makes the kernels of a GPU", TRITON
+    if "Failed to find C compiler" in said:
+        return "no C compiler was found, which Triton needs", C_COMPILER
     for refused in (x for x in chain if isinstance(x, OSError)):
         where = f" ({Path(str(refused.filename)).name})" if refused.filename else ""
         if _of_a_start(refused):

@@ -1,0 +1,126 @@
+"""What becomes of a step on a GPU before anything is launched: which kernels, how they share launches, and what is missing."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from adafactor_compiled import Adafactor
+from adafactor_compiled._compile.toolchain import cause_of
+from adafactor_compiled._gpu import launches, layout
+from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
+from adafactor_compiled._state.layout import contiguous_stride
+from adafactor_compiled._state.shape_class import ShapeClass
+
+GPU = torch.device("cuda")
+
+
+def class_of(*shape: int, dtype: torch.dtype = torch.float32, stride: tuple[int, ...] | None = None) -> ShapeClass:
+    stride = contiguous_stride(shape) if stride is None else stride
+    return ShapeClass(shape, stride, stride, dtype, dtype, GPU, len(shape) > 1, None)
+
+
+KINDS = {
+    class_of(768, 3072): MATRICES,
+    class_of(4, 768, 3072): MATRICES,
+    class_of(768, 3072, stride=(1, 768)): MATRICES,
+    class_of(5, 1): MATRICES,
+    class_of(768): SHORT,
+    class_of(): SHORT,
+    class_of(5000): VECTORS,
+    class_of(64, 64, 3, 3): SLICES,
+    class_of(64, 64, 3, 3, stride=(576, 1, 192, 64)): SLICES,
+    class_of(768, 3, 16, 16): SLICES,
+    class_of(64, 64, 1, 1): SHORT,
+    class_of(256, 64, 1, 1): VECTORS,
+    class_of(0): None,
+    class_of(768, 3072, stride=(6144, 2)): None,
+    class_of(64, stride=(2,)): None,
+    class_of(8, 4, 3, 3, stride=(72, 18, 6, 2)): None,  # its momentum would lie otherwise
+    class_of(8)._replace(plain=False): None,
+    class_of(8)._replace(grad_dtype=torch.float8_e4m3fn): None,
+    class_of(8)._replace(device=torch.device("xpu")): None,
+}
+
+
+@pytest.mark.parametrize(("of", "kind"), KINDS.items(), ids=str)
+def test_kinds(of: ShapeClass, kind: str | None) -> None:
+    kernels = kernels_of(of)
+    assert (kernels and kernels.kind) == kind
+
+
+@pytest.mark.parametrize(
+    "shape", [(50_257, 768), (3072, 768), (768, 3072), (16, 4096), (8, 14_336, 4096), (64, 64, 3, 3), (70_000,), (7, 1)]
+)
+def test_tables_cover_each_member_once(shape: tuple[int, ...]) -> None:
+    """Blocks of rows of all units are the whole parameter; sums and partial sums have places of their own."""
+    of = class_of(*shape)
+    (launch,) = (
+        launches.launches_of([(of, [0, 1, 2])]) if len(shape) < 3 or shape[0] != 8 else launches.launches_of([(of, [0])])
+    )
+    units, members = launch.tables.units.tolist(), launch.tables.members.tolist()
+    assert len(members) == len(launch.positions)
+    counts = torch.bincount(launch.tables.jobs, minlength=len(units)).tolist()
+    taken: list[tuple[int, int]] = []
+    for unit, jobs in zip(units, counts, strict=True):
+        rows, per, blocks = unit[4], unit[6], unit[7]
+        assert jobs == blocks
+        assert (blocks - 1) * per < rows <= blocks * per
+        assert launch.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
+    for _, result, param_sq, param_count, update_sq, update_count in members:
+        taken += [(result, 2), (param_sq, param_count), (update_sq, update_count)]
+    if launch.kernels.kind == MATRICES:
+        taken += [(unit[11], unit[7]) for unit in units] + [(unit[12], 1) for unit in units]
+        partial = sorted((unit[10], 2 * unit[5] * unit[7]) for unit in units)
+        assert all(start + count <= following for (start, count), (following, _) in zip(partial, partial[1:], strict=False))
+        assert sum(partial[-1]) == launch.partial
+    taken.sort()
+    assert all(start + count <= following for (start, count), (following, _) in zip(taken, taken[1:], strict=False))
+    assert sum(taken[-1]) == launch.sums
+
+
+def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
+    """Wide matrices have sums as large as a tenth of them: they share the memory, one launch after the other."""
+    of = class_of(4096, 4096)
+    made = launches.launches_of([(of, list(range(40)))])
+    assert sorted(i for launch in made for i in launch.positions) == list(range(40))
+    most = 40 * of.numel * 4 // 32
+    assert max(launch.partial for launch in made) * 4 <= most
+    assert len(made) <= 5
+
+
+@pytest.fixture
+def without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(layout, "is_gpu", lambda device: device.type == "cpu")
+    for name in [name for name in sys.modules if name.split(".")[0] == "triton"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for name in ("steps", "common", "matrices", "vectors", "slices", "tables"):
+        monkeypatch.delitem(sys.modules, f"adafactor_compiled._gpu.{name}", raising=False)
+    for cached in (layout.kernels_of, launches.try_out):
+        cached.cache_clear()
+    yield
+    for cached in (layout.kernels_of, launches.try_out):
+        cached.cache_clear()
+
+
+def test_without_triton(without_triton: None) -> None:
+    params = [torch.randn(8, 24).requires_grad_() for _ in range(2)]
+    params[0].grad, params[1].grad = torch.ones(8, 24), torch.ones(8, 24)
+    before = params[0].detach().clone()
+    optimizer = Adafactor(params[:1], compile=True)
+    with pytest.raises(RuntimeError, match="but Triton is missing, which makes the kernels of a GPU; install it"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    other = Adafactor(params[1:])
+    with pytest.warns(UserWarning, match="steps without torch.compile, since Triton is missing"):
+        other.step()
+
+
+def test_without_a_c_compiler() -> None:
+    cause, remedy = cause_of(RuntimeError("Failed to find C compiler. Please specify via CC environment variable"))
+    assert cause == "no C compiler was found, which Triton needs"
+    assert "apt-get install gcc" in remedy
