@@ -15,7 +15,7 @@ from adafactor_compiled._gpu.layout import Kernels, kernels_of
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
-from adafactor_compiled._state.moments import check, complete, is_left_by_inference
+from adafactor_compiled._state.moments import State, check, complete, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
@@ -81,11 +81,12 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     routed = [(of, positions) for of, positions in compiled if is_called(of)]
     on_gpu = [] if inline else [(of, positions) for of, positions in compiled if kernels_of(of) is not None]
     calls, launches = (calls_inline if inline else calls_of)(routed), launches_of(on_gpu)
+    launched = {i for _, positions in on_gpu for i in positions}
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
-    in_calls = {i for _, positions in (*routed, *on_gpu) for i in positions}
+    in_calls = launched | {i for _, positions in routed for i in positions}
     sharded = [i for i, entry in enumerate(entries) if isinstance(entry.param, DTensor)]
     return Plan(
-        [] if inline else [_described(entry) for entry in entries],
+        [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
         parts,
         _eager_parts(classes, [i for i in unsharded if i not in in_calls]),
         _eager_parts(classes, unsharded),
@@ -116,12 +117,22 @@ class Described(NamedTuple):
     grad_dtype: torch.dtype
     grad_stride: tuple[int, ...]
     state: list[Any]
+    layouts: list[Layout] | None  # of the gradient and the state, for kernels that only know addresses; graphs have guards
 
 
-def _described(entry: Entry) -> Described:
+Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+
+
+def _described(entry: Entry, launched: bool) -> Described:
     _, p, g, state, group = entry
-    of_grad = type(g), g.dtype, g.stride()
-    return Described(id(group), _options_of(group), p.dtype, p.device, p.shape, p.stride(), *of_grad, list(state.values()))
+    of_param, of_grad = (p.dtype, p.device, p.shape, p.stride()), (type(g), g.dtype, g.stride())
+    layouts = _layouts_of(g, state) if launched else None
+    return Described(id(group), _options_of(group), *of_param, *of_grad, list(state.values()), layouts)
+
+
+def _layouts_of(g: Tensor, state: State) -> list[Layout]:
+    tensors = (x for x in state.values() if isinstance(x, Tensor))
+    return [(x.dtype, x.device, x.shape, x.stride()) for x in (g, *tensors)]
 
 
 def _options_of(group: Group) -> tuple[Any, ...]:
@@ -155,6 +166,7 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
             or id(group) != was.group
             or len(state) != len(was.state)
             or any(a is not b for a, b in zip(state.values(), was.state, strict=True) if type(b) is not int)
+            or (was.layouts is not None and was.layouts != _layouts_of(g, state))
         ):
             return False
     return True

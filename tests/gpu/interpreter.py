@@ -53,7 +53,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
     from adafactor_compiled._gpu import steps
 
-    memory = Memory()
+    memory, torch_empty = Memory(), torch.empty
 
     def checked(access: Any, mask_at: int) -> Any:
         def call(self: Any, pointers: Any, *arguments: Any) -> Any:
@@ -66,6 +66,8 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
         def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             memory.add(result)
+            if function is torch_empty:
+                result.fill_(torch.nan)  # as it may be: what is read before it is written shows
             return result
 
         return call
@@ -82,7 +84,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
         def call(ready: Any, numbers: Tensor, draws: Tensor | None) -> None:
             memory.add(*ready.tables, ready.pointers, numbers, *([] if draws is None else [draws]))
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "empty", allowed(torch.empty))
+                patch.setattr(torch, "empty", allowed(torch_empty))
                 run(ready, numbers, draws)
 
         return call

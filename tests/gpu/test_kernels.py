@@ -276,3 +276,30 @@ def test_bytes_that_are_said_to_be_moved(
     optimizer.step()
     said = sum(map(_gpu_step.moved, launched))
     assert said <= on_gpu.bytes <= 1.1 * said
+
+
+CHANGES = {
+    "another dtype": lambda x: x.to(torch.bfloat16),
+    "float64": lambda x: x.double(),
+    "strided": lambda x: torch.stack([x, x], -1)[..., 0],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("key", ["exp_avg_sq_row", "exp_avg_sq_col", "exp_avg", "RMS"])
+def test_state_that_was_changed_in_its_place(on_gpu: Memory, key: str, change: Any) -> None:
+    """Kernels know addresses alone: a state of another dtype or stride is made to fit before they see it."""
+    param = torch.randn(8, 24).requires_grad_()
+    other = param.detach().clone().requires_grad_()
+    optimizer, reference = Adafactor([param], compile=True, beta1=0.9), Adafactor([other], foreach=False, beta1=0.9)
+    for p in (param, other):
+        p.grad = torch.ones_like(p)
+    for of in (optimizer, reference):
+        of.step()
+    value = reference.state[other][key]
+    value.copy_(change(value))
+    optimizer.state[param][key].data = change(optimizer.state[param][key])
+    for of in (optimizer, reference):
+        of.step()
+    torch.testing.assert_close(param, other)
+    assert optimizer.state[param][key].dtype is torch.float32

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.toolchain import cause_of
 from adafactor_compiled._gpu import launches, layout
 from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
@@ -104,6 +105,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
     monkeypatch.delitem(sys.modules, "adafactor_compiled._gpu.steps", raising=False)
+    monkeypatch.setattr(passes, "_ready", {})
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     for cached in (layout.kernels_of, launches.try_out):
         cached.cache_clear()
