@@ -117,28 +117,44 @@ def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], table
 def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
     """The tables of a launch on its device."""
     there, device = launch.there, launch.kernels.device
-    capturing, stream = False, 0
-    if device.type == "cuda":
-        capturing, stream = torch.cuda.is_current_stream_capturing(), torch.cuda.current_stream(device).cuda_stream
-    if there.tables is None or (there.stream != stream and not capturing):
-        there.tables = Tables(*(_moved(x, device, capturing) for x in launch.tables))
+    if _is_capturing(device):
+        return _of_capture(launch, addresses)
+    stream = torch.cuda.current_stream(device).cuda_stream if device.type == "cuda" else 0
+    if there.tables is None or there.stream != stream:
+        there.tables = Tables(*(to_device(x, device) for x in launch.tables))
         there.stream, there.pointers = stream, None
     if there.pointers is None or there.addresses != addresses:
-        table = torch.tensor(addresses, dtype=torch.int64, device="cpu")
-        there.pointers, there.addresses = _moved(table, device, capturing), addresses
-    if capturing:
-        _captured.append((there.tables, there.pointers))
+        there.pointers, there.addresses = to_device(_host_table(addresses), device), addresses
     return there.tables, there.pointers
 
 
-_captured: list[Any] = []  # what CUDA graphs read when they are replayed, on the device and on the host
+def _of_capture(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
+    """While a CUDA graph is captured: what is there already, or copies that the graph will make whenever it is replayed. They
+    are not made yet, so that no other step may use them; and what a graph reads, on either side, stays as long as the process.
+    """
+    there, device = launch.there, launch.kernels.device
+
+    def copied(table: Tensor) -> Tensor:
+        pinned = table.pin_memory()
+        _captured.append(pinned)
+        return to_device(pinned, device)
+
+    tables = Tables(*map(copied, launch.tables)) if there.tables is None else there.tables
+    pointers = there.pointers if there.addresses == addresses else None
+    pointers = copied(_host_table(addresses)) if pointers is None else pointers
+    _captured.append((tables, pointers))
+    return tables, pointers
 
 
-def _moved(table: Tensor, device: torch.device, capturing: bool) -> Tensor:
-    if capturing:
-        table = table.pin_memory()
-        _captured.append(table)
-    return to_device(table, device)
+_captured: list[Any] = []
+
+
+def _is_capturing(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def _host_table(addresses: list[int]) -> Tensor:
+    return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
 def run_launch(ready: Ready, tables: list[Tensor], draws: Tensor | None) -> None:

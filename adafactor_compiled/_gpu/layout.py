@@ -41,7 +41,7 @@ class Kernels(NamedTuple):
 
 
 class Tables(NamedTuple):
-    """What kernels are told of shapes, see kernels.py; two-dimensional but for the jobs."""
+    """What kernels are told of shapes; the columns of the last two are named in tables.py."""
 
     jobs: Tensor  # int32, the unit of each block of threads
     column_jobs: Tensor
@@ -67,8 +67,7 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
     def kernels(kind: str, sixteens: bool, *shape: int) -> Kernels:
         return Kernels(kind, of.device, of.dtype, of.grad_dtype, of.momentum, of.rounding, sixteens, shape)
 
-    *lead, rows, columns = (0, *of.shape) if of.factored else (0, 1, of.numel)
-    slices = math.prod(lead[1:])
+    slices, rows, columns = _as_matrix(of) if of.factored else (1, 1, of.numel)
     if not of.factored or (slices > 1 and rows == columns == 1):
         if not contiguous:
             return None
@@ -76,7 +75,7 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
         kind = SHORT if of.numel <= SHORTEST[-1] else VECTORS
         return kernels(kind, of.numel % 16 == 0, tile, of.factored)
     if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
-        if contiguous or (len(lead) <= 3 and _is_dense(of.shape, of.stride)):
+        if contiguous or (len(of.shape) <= 4 and _is_dense(of.shape, of.stride)):
             return kernels(SLICES, False, rows, columns, contiguous)
         return None
     if contiguous:

@@ -12,6 +12,7 @@ from compilers import compiled_by, uncompiled
 from hypothesis import HealthCheck, given, settings
 from interpreter import Memory
 from strategies import Group, Parameter, Problem, problems
+from torch import Tensor
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._gpu import launches, layout
@@ -303,3 +304,27 @@ def test_state_that_was_changed_in_its_place(on_gpu: Memory, key: str, change: A
         of.step()
     torch.testing.assert_close(param, other)
     assert optimizer.state[param][key].dtype is torch.float32
+
+
+def test_what_is_sent_while_a_graph_is_captured_serves_no_other_step(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sent when the graph is replayed, and not before: a step in between would read addresses that are not there."""
+    param = torch.randn(8, 24).requires_grad_()
+    optimizer = Adafactor([param], compile=True, capturable=True)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    (launch,) = optimizer._stepper._plans[None].launches
+    known = launch.there.pointers
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(launches, "_captured", [])
+    with monkeypatch.context() as patch:
+        patch.setattr(launches, "_is_capturing", lambda device: True)
+        optimizer.step()
+        assert launches._captured[-1] == (launch.there.tables, known)
+        param.grad = torch.full_like(param, 2.0)
+        optimizer.step()
+    of_graph = launches._captured[-1][1]
+    assert not torch.equal(of_graph, known)
+    assert launch.there.pointers is known
+    optimizer.step()
+    assert launch.there.pointers is not of_graph
+    assert torch.equal(launch.there.pointers, of_graph)  # the same addresses, sent again
