@@ -1,8 +1,8 @@
 """How the members of a shape class are passed to compiled functions: by which one, and as which views.
 
 On a CPU a matrix that fits in cache is stepped in blocks of rows, in one call; a larger one in chunks; the kernels of
-convolutions have functions of their own. What is elsewhere is stepped by these only as part of an outer graph, whose compiler is
-the user's: there a matrix is one block.
+convolutions have functions of their own. What is elsewhere these step as part of an outer graph alone, whose compiler is the
+user's: there a matrix is one block.
 """
 
 from __future__ import annotations
