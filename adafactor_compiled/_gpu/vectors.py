@@ -39,8 +39,8 @@ def vector_sums(
     old = tl.load(pointer_to(pointers, m, t.ROW_AT, A, ALIGNED) + at, mask, 1.0)
     new = moving_average(old, x * x, beta2, rest, eps)
     tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + chunk, tl.sum(y * y, 0).to(tl.float64))
-    of_update = tl.sum(tl.where(mask, x * x / new, 0.0), 0)
-    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, of_update.to(tl.float64))
+    update = x * tl.rsqrt(new)  # 0 where the square of a gradient has overflowed
+    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(tl.where(mask, update * update, 0.0), 0).to(tl.float64))
 
 
 @triton.jit
@@ -62,7 +62,8 @@ def apply_vector(
     new = moving_average(tl.load(v, mask, 1.0), x * x, beta2, rest, eps)
     of_member = members + m * t.MEMBER
     if WHOLE:
-        update_sq = tl.sum(tl.where(mask, x * x / new, 0.0).to(tl.float64), 0)
+        update = x * tl.rsqrt(new)  # 0 where the square of a gradient has overflowed
+        update_sq = tl.sum(tl.where(mask, update * update, 0.0).to(tl.float64), 0)
         scale, decay = measure(tl.sum((y * y).to(tl.float64), 0), update_sq, n, numbers, pointers, m, A)
     else:
         result = sums + tl.load(of_member + t.RESULT)

@@ -328,3 +328,13 @@ def test_what_is_sent_while_a_graph_is_captured_serves_no_other_step(on_gpu: Mem
     optimizer.step()
     assert launch.there.pointers is not of_graph
     assert torch.equal(launch.there.pointers, of_graph)  # the same addresses, sent again
+
+
+@pytest.mark.parametrize("shape", [(40,), (5000,), ()], ids=str)
+def test_a_square_that_overflows_spoils_no_vector(on_gpu: Memory, shape: tuple[int, ...]) -> None:
+    param = torch.ones(shape).requires_grad_()
+    optimizer = Adafactor([param], compile=True)
+    param.grad = torch.ones(shape)
+    param.grad.view(-1)[0] = 1e30
+    optimizer.step()
+    assert param.isfinite().all()
