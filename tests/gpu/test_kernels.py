@@ -122,6 +122,7 @@ def test_every_kind_of_launch(on_gpu: Memory) -> None:
     optimizer.step()
     assert kinds_of(optimizer) == {MATRICES, SHORT, SLICES, VECTORS}
     assert not optimizer._stepper._plans[None].eager
+    assert all(line.path == "compiled" and line.compiled for line in optimizer.summary().classes)
     assert on_gpu.accesses
 
 
