@@ -26,7 +26,7 @@ from adafactor_compiled._compile import passes
 from adafactor_compiled._gpu import layout, steps
 
 OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
-KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", "finish"]
+KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", "finish", "share"]
 NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh"}
 
 
@@ -89,7 +89,7 @@ def recorded() -> Iterator[list[Launched]]:
 def moved(launched: Launched) -> float:
     """The bytes that a launch reads and writes. What the next tile of a block finds in cache counts again."""
     name = launched.kernel.fn.__name__
-    if name == "finish":
+    if name in ("finish", "share"):
         return 0.0
     units, constants = launched.arguments[1], launched.constants
     p, g, a = (size_of(constants.get(key)) for key in "PGA")

@@ -397,12 +397,9 @@ class TestGpu:
             device="cuda", quick=False, rounds=15, networks=gpu.DEFAULT, parts=list(gpu.SECONDS), minutes=6.0
         )
         names = [[str(job) for job in stage] for stage in gpu.stages_of(options)]
-        assert names[:3] == [
-            ["sanity", "first_steps gpt2", "first_steps decoder-600m"],
-            ["steps gpt2"],
-            ["steps decoder-600m"],
-        ]
-        assert names[3][:3] == ["tests", "parity", "syncs"]
+        assert names[0] == ["sanity", *(f"first_steps {network}" for network in gpu.DEFAULT)]
+        assert names[1:-2] == [[f"steps {network}"] for network in gpu.DEFAULT]
+        assert names[-2] == ["tests", "parity", "syncs", "training"]
         timed = [stage for stage in names if any(job.startswith("steps") for job in stage)]
         assert all(len(stage) == 1 for stage in timed)  # alone
         assert names[-1] == ["training"]

@@ -161,7 +161,12 @@ def agreement_of(update, x, sign):
 
 
 @triton.jit
-def share_of(sums, of, numel, first, A: tl.constexpr):
-    """Of the elements of a member that agree in sign with their gradient; their counts stand where its squares stood."""
-    count = total(sums + first, tl.load(of + t.PARAM_SQ_COUNT))
-    return tl.maximum(count / numel.to(tl.float64), LEAST_SHARE).to(A)
+def share(members, sums):
+    """Of each member, the share of its elements that agree in sign with their gradient: its third result.
+
+    How many agree stands where the squares of the parameter stood.
+    """
+    of = members + tl.program_id(0) * t.MEMBER
+    count = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
+    least = tl.maximum(count / tl.load(of + t.NUMEL).to(tl.float64), LEAST_SHARE)
+    tl.store(sums + tl.load(of + t.RESULT) + 2, least)

@@ -7,14 +7,14 @@ kernels touch are read in each step, and go to the GPU where they have changed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled._gpu.layout import MATRICES, SLICES, Kernels, Layout, Tables, kernels_of
+from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Kernels, Layout, Tables, kernels_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
 from adafactor_compiled._state.shape_class import ShapeClass
@@ -57,13 +57,12 @@ class Ready(NamedTuple):
     written: list[Tensor]
 
 
-def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Launch]:
-    """The launches that step these classes, each of which has kernels."""
+def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]], unaligned: Collection[int] = ()) -> list[Launch]:
+    """The launches that step these classes, each of which has kernels; what is `unaligned` is not read 128 bits at a time."""
     members = [(of, i) for of, positions in classes for i in positions]
     launches: list[Launch] = []
     part: list[int]
-    for kernels, chosen in group_by_key(kernels_of(of) for of, _ in members).items():
-        assert kernels is not None
+    for kernels, chosen in group_by_key(_kernels_of(of, i in unaligned) for of, i in members).items():
         chosen.sort(key=lambda j: -members[j][0].numel)  # what takes long begins first
         largest = max(LEAST_PARTIAL, sum(members[j][0].numel for j in chosen) * kernels.dtype.itemsize // 32)
         layout, part = Layout(kernels), []
@@ -76,6 +75,12 @@ def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]]) -> list[Lau
             part.append(j)
         launches.append(_launch(layout, members, part))
     return launches
+
+
+def _kernels_of(of: ShapeClass, unaligned: bool) -> Kernels:
+    kernels = kernels_of(of)
+    assert kernels is not None
+    return kernels._replace(sixteens=False) if unaligned else kernels
 
 
 def _launch(layout: Layout, members: list[tuple[ShapeClass, int]], chosen: list[int]) -> Launch:
@@ -99,6 +104,8 @@ def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], table
     for i in launch.positions:
         position, p, g, state, _ = entries[i]
         v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
+        if launch.kernels.kind in (VECTORS, SHORT):  # of two copies the columns are read
+            v, w = w, v
         exp_avg = state["exp_avg"] if of.momentum else v
         of_member = [x.data_ptr() for x in (p, g, v, w, exp_avg, state["RMS"], update_rms[i])]
         written += (p, v, w, exp_avg, state["RMS"], update_rms[i])

@@ -142,7 +142,7 @@ class Layout:
             per, units = shape[0], 1
             chunks = -(-rows // per)
         blocks = -(-rows // per)
-        param_sq, update_sq, result = self._taken(units * blocks), self._taken(units * chunks), self._taken(2)
+        param_sq, update_sq, result = self._taken(units * blocks), self._taken(units * chunks), self._taken(3)
         self.members.append([of.numel, result, param_sq, units * blocks, update_sq, units * chunks])
         for s in range(units):
             places = s * rows * columns, s * rows, s * columns, rows, columns, per, blocks

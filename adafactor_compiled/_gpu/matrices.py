@@ -19,7 +19,6 @@ from adafactor_compiled._gpu.common import (
     noise_at,
     number_of,
     pointer_to,
-    share_of,
     size_of,
     total,
     with_momentum,
@@ -140,8 +139,9 @@ def matrix_columns(
 @triton.jit
 def apply_matrix(
     jobs, units, members, pointers, numbers, draws, sums,
-    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Second reads of a block of rows, and the only write of p; `COUNT`: how many elements agree in sign, nothing else."""
     job = tl.program_id(0)
@@ -161,8 +161,7 @@ def apply_matrix(
     scale = (tl.load(result) * tl.sqrt(tl.load(sums + tl.load(of + t.MEAN)))).to(A)
     decay, sign = tl.load(result + 1).to(A), number_of(numbers, pointers, m, t.SIGN)
     agreeing = tl.zeros([TILE_ROWS], tl.float64)
-    if CAUTIOUS and not COUNT:
-        share = share_of(sums, of_member, tl.load(of_member + t.NUMEL), tl.load(of_member + t.PARAM_SQ), A)
+    share = tl.load(result + 2).to(A) if CAUTIOUS else decay
     for c in range(0, C, TILE_COLUMNS):
         columns = c + tl.arange(0, TILE_COLUMNS)
         col_factor = tl.rsqrt(tl.load(col + columns, columns < C, 1.0))
@@ -176,7 +175,7 @@ def apply_matrix(
             noise = decay
             if ROUNDING and not COUNT:
                 slices = tl.load(of + t.SLICE)
-                noise = noise_at(draws, m, slices, rows[:, None], columns[None, :], P)
+                noise = noise_at(draws, m, slices, rows[:, None], columns[None, :], N)
             if M is not None:
                 exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + start + where
                 update = with_momentum(exp_avg, update, mask, numbers, pointers, m)

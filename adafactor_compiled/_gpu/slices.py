@@ -13,7 +13,6 @@ from adafactor_compiled._gpu.common import (
     noise_at,
     number_of,
     pointer_to,
-    share_of,
     with_momentum,
     write,
 )
@@ -25,7 +24,7 @@ def _place(of, n, rows, columns, first: tl.constexpr, R: tl.constexpr, C: tl.con
     if CONTIGUOUS:
         where = n * (R * C) + rows * C + columns
     else:
-        inner = tl.load(of + t.START)
+        inner = tl.load(of + t.INNER)
         where = (n // inner) * tl.load(of + first) + (n % inner) * tl.load(of + first + 1)
         where += rows * tl.load(of + first + 2) + columns * tl.load(of + first + 3)
     return where
@@ -68,8 +67,8 @@ def slice_statistics(
 @triton.jit
 def apply_slices(
     jobs, units, members, pointers, numbers, draws, sums,
-    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+    R: tl.constexpr, C: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Second reads of some slices, and the only write of p."""
@@ -90,11 +89,12 @@ def apply_slices(
     result = sums + tl.load(of_member + t.RESULT)
     scale, decay, sign = tl.load(result).to(A), tl.load(result + 1).to(A), number_of(numbers, pointers, m, t.SIGN)
     row_mean = tl.sum(tl.where(of_rows, row, 0.0), 1) / R
-    row_factor = tl.rsqrt(row / tl.where(inside, row_mean, 1.0)[:, None]) * scale
+    # Not of their ratio: beside large rows, that of one without gradient would underflow.
+    row_factor = tl.rsqrt(row) * (tl.sqrt(row_mean) * scale)[:, None]
     update = x * row_factor[:, :, None] * tl.rsqrt(col)[:, None, :]
     noise = decay
     if ROUNDING and not COUNT:
-        noise = noise_at(draws, m, n3, rows3, columns3, P)
+        noise = noise_at(draws, m, n3, rows3, columns3, N)
     if M is not None:
         exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, False) + at_p
         update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
@@ -105,7 +105,7 @@ def apply_slices(
         if COUNT:
             tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + chunk, tl.sum(tl.sum(tl.sum(agree, 2), 1).to(tl.float64), 0))
         else:
-            update *= agree / share_of(sums, of_member, tl.load(of_member + t.NUMEL), tl.load(of_member + t.PARAM_SQ), A)
+            update *= agree / tl.load(result + 2).to(A)
     if not COUNT:
         p = pointer_to(pointers, m, t.P_AT, P, False) + at_p
         y = tl.load(p, mask, 0.0).to(A)

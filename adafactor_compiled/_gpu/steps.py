@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from adafactor_compiled._gpu import layout
-from adafactor_compiled._gpu.common import finish
+from adafactor_compiled._gpu.common import finish, share
 from adafactor_compiled._gpu.launches import Ready
 from adafactor_compiled._gpu.layout import (
     MATRICES,
@@ -24,7 +24,7 @@ from adafactor_compiled._gpu.layout import (
 from adafactor_compiled._gpu.matrices import apply_matrix, matrix_columns, matrix_statistics
 from adafactor_compiled._gpu.slices import apply_slices, slice_statistics
 from adafactor_compiled._gpu.vectors import apply_vector, vector_sums
-from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.layout import HALF, compute_dtype
 from adafactor_compiled._state.moments import is_cautious
 
 NAMES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16, torch.float64: tl.float64}
@@ -36,7 +36,8 @@ def _types(of: Kernels) -> dict[str, Any]:
 
 def _options(of: Kernels) -> dict[str, Any]:
     momentum = None if of.momentum is None else NAMES[of.momentum.dtype]
-    return {"M": momentum, "ROUNDING": of.rounding, "CAUTIOUS": is_cautious(of.momentum)}
+    drawn_for = of.dtype if of.dtype in HALF or of.momentum is None else of.momentum.dtype  # as in rounding.half_of
+    return {"M": momentum, "N": NAMES[drawn_for], "ROUNDING": of.rounding, "CAUTIOUS": is_cautious(of.momentum)}
 
 
 def _sums(ready: Ready) -> Tensor:
@@ -55,15 +56,20 @@ def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
     of_columns = {"A": types["A"], "TILE_BLOCKS": blocks, "TILE_COLUMNS": columns, "num_warps": 4}
     matrix_columns[column_jobs.shape](column_jobs, units, pointers, numbers, partial, sums, **of_columns)
     finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
-    for count in _counts(of):
-        apply_matrix[jobs.shape](
-            jobs, units, members, pointers, numbers, draws, sums, **types, **tile, **_options(of), COUNT=count
-        )
+    options = {**types, **tile, **_options(of)}
+
+    def apply(count: bool) -> None:
+        apply_matrix[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
+
+    _apply(of, members, sums, apply)
 
 
-def _counts(of: Kernels) -> tuple[bool, ...]:
-    """A cautious step has another launch before the last, which counts."""
-    return (True, False) if is_cautious(of.momentum) else (False,)
+def _apply(of: Kernels, members: Tensor, sums: Tensor, launch: Callable[[bool], None]) -> None:
+    """The last launch; before it, where a step is cautious, one that only counts, and one that makes shares of the counts."""
+    if is_cautious(of.momentum):
+        launch(True)
+        share[(len(members),)](members, sums, num_warps=4)
+    launch(False)
 
 
 def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
@@ -76,8 +82,11 @@ def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
         vector_sums[jobs.shape](jobs, units, pointers, numbers, sums, **types, **tile)
         finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
     options = {**types, **tile, **_options(of), "TWICE": bool(twice), "WHOLE": whole}
-    for count in (False,) if whole else _counts(of):
+
+    def apply(count: bool) -> None:
         apply_vector[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
+
+    apply(False) if whole else _apply(of, members, sums, apply)
 
 
 def _step_slices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
@@ -88,10 +97,12 @@ def _step_slices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
     tile |= {"TILE_ROWS": power(rows), "TILE_COLUMNS": power(columns)}
     slice_statistics[jobs.shape](jobs, units, pointers, numbers, sums, **types, **tile)
     finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
-    for count in _counts(of):
-        apply_slices[jobs.shape](
-            jobs, units, members, pointers, numbers, draws, sums, **types, **tile, **_options(of), COUNT=count
-        )
+    options = {**types, **tile, **_options(of)}
+
+    def apply(count: bool) -> None:
+        apply_slices[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
+
+    _apply(of, members, sums, apply)
 
 
 STEPS: dict[str, Callable[[Ready, Tensor, Tensor | None], None]] = {

@@ -12,7 +12,8 @@ NUMEL, RESULT, PARAM_SQ, PARAM_SQ_COUNT, UPDATE_SQ, UPDATE_SQ_COUNT = map(tl.con
 UNIT = tl.constexpr(20)
 OF, START, ROW_START, COL_START, ROWS, COLUMNS, PER, BLOCKS = map(tl.constexpr, range(8))
 FIRST_JOB, FIRST_COLUMN_JOB, PARTIAL, ROW_SUMS, MEAN, UNIT_PARAM_SQ, UNIT_UPDATE_SQ, SLICE = map(tl.constexpr, range(8, 16))
-STRIDES_OF_P, STRIDES_OF_G = tl.constexpr(9), tl.constexpr(16)  # four each, where units are of many slices
+# Where a unit is of many slices: how many lie one stride apart, and four strides each of parameter and gradient.
+INNER, STRIDES_OF_P, STRIDES_OF_G = map(tl.constexpr, (1, 9, 16))
 NUMBERS = tl.constexpr(13)  # in the order of numbers.Numbers
 LR, BETA2, ONE_MINUS_BETA2, EPS, MIN_SCALE, SCALE_PARAMETER, CLIP = map(tl.constexpr, range(7))
 BETA1, ONE_MINUS_BETA1, WEIGHT_DECAY, DECAY_BY_LR, SIGN = map(tl.constexpr, range(7, 12))

@@ -15,7 +15,6 @@ from adafactor_compiled._gpu.common import (
     noise_at,
     number_of,
     pointer_to,
-    share_of,
     size_of,
     with_momentum,
     write,
@@ -46,8 +45,9 @@ def vector_sums(
 @triton.jit
 def apply_vector(
     jobs, units, members, pointers, numbers, draws, sums,
-    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, TILE: tl.constexpr, TWICE: tl.constexpr,
-    ALIGNED: tl.constexpr, WHOLE: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
+    TWICE: tl.constexpr, ALIGNED: tl.constexpr, WHOLE: tl.constexpr,
+    ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """A chunk of a vector; with `WHOLE` all of it, and no other launch is needed. `TWICE`: two copies of the second moment."""
     job = tl.program_id(0)
@@ -73,7 +73,7 @@ def apply_vector(
     noise = decay
     if ROUNDING and not COUNT:
         # A vector is one row; of two copies each element is a slice of its own.
-        noise = noise_at(draws, m, at if TWICE else at * 0, at * 0, at * 0 if TWICE else at, P)
+        noise = noise_at(draws, m, at if TWICE else at * 0, at * 0, at * 0 if TWICE else at, N)
     if M is not None:
         exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + at
         update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
@@ -87,7 +87,7 @@ def apply_vector(
             share = tl.sum(agree.to(tl.float64), 0) / n.to(tl.float64)
             update *= agree / tl.maximum(share, LEAST_SHARE).to(A)
         else:
-            update *= agree / share_of(sums, of_member, n, tl.load(of_member + t.PARAM_SQ), A)
+            update *= agree / tl.load(result + 2).to(A)
     if not COUNT:
         write(p, y - (y * decay + update), mask, noise, P, ROUNDING)
         tl.store(v, new, mask)

@@ -47,7 +47,7 @@ def _copied(steps: list[int | Tensor]) -> list[int | Tensor]:
     copies = list(steps)
     in_tensors = [(i, step) for i, step in enumerate(steps) if isinstance(step, Tensor)]
     for at in group_by_key(step.device for _, step in in_tensors).values():
-        stack = torch.stack([in_tensors[j][1] for j in at])
+        stack = torch.stack([in_tensors[j][1].reshape(()) for j in at])  # edited by hand, one may have a dimension
         for j, copy in zip(at, stack.unbind(), strict=True):
             copies[in_tensors[j][0]] = copy
     return copies

@@ -80,7 +80,8 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
     compiled = [(part.shape_class, part.positions) for part in parts if part.path == "compiled"]
     routed = [(of, positions) for of, positions in compiled if is_called(of)]
     on_gpu = [] if inline else [(of, positions) for of, positions in compiled if kernels_of(of) is not None]
-    calls, launches = (calls_inline if inline else calls_of)(routed), launches_of(on_gpu)
+    calls = (calls_inline if inline else calls_of)(routed)
+    launches = launches_of(on_gpu, {i for _, at in on_gpu for i in at if _is_unaligned(entries[i])})
     launched = {i for _, positions in on_gpu for i in positions}
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
     in_calls = launched | {i for _, positions in routed for i in positions}
@@ -97,6 +98,11 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         [] if inline else _passes_of(calls, launches, [seen[i] for i in sharded]),
         [torch.zeros_like(entry.state["RMS"]) for entry in entries],
     )
+
+
+def _is_unaligned(entry: Entry) -> bool:
+    """Whether parameter or gradient begin at an address that is no multiple of 16, as views of flat buffers may."""
+    return (entry.param.data_ptr() | entry.grad.data_ptr()) % 16 > 0
 
 
 def _passes_of(calls: list[Call], launches: list[Launch], sharded: list[Entry]) -> list[Pass | Kernels]:

@@ -26,7 +26,7 @@ Shape = tuple[int, ...]
 
 class Route(NamedTuple):
     function: Callable[..., Any]  # of Members, or, for what takes several passes, of a Member and a function that runs them
-    passes: tuple[chunks.PassOf, ...]  # the passes and the sizes of what they are called with
+    passes: tuple[chunks.PassOf, ...]  # on a CPU, the passes and the sizes of what they are called with
     shape: Shape  # parameter, gradient and momentum as views
     row_shape: Shape = ()
     col_shape: Shape = ()
@@ -79,7 +79,9 @@ def route_of(of: ShapeClass) -> Route | None:
 
 
 def _vector(of: ShapeClass) -> Route:
-    shape = chunks.vector_shape(of.numel) if of.device.type == "cpu" else (1, of.numel)
+    if of.device.type != "cpu":
+        return Route(vectors.step_vectors, (), (1, of.numel))
+    shape = chunks.vector_shape(of.numel)
     return Route(vectors.step_vectors, ((vectors.step_vectors, shape),), shape)
 
 
@@ -90,8 +92,7 @@ def _kernels(shape: Shape, device_type: str) -> Route:
         return Route(vectors.step_pointwise, ((vectors.step_pointwise, as_vector),), as_vector, as_vector, as_vector)
     if device_type == "cpu":
         return Route(step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
-    sizes = (rows, columns, n)
-    return Route(kernels.step_kernels, ((kernels.step_kernels, sizes),), (n, rows, columns), (n, rows), (n, columns))
+    return Route(kernels.step_kernels, (), (n, rows, columns), (n, rows), (n, columns))
 
 
 def _matrix(shape: Shape, device_type: str) -> Route:

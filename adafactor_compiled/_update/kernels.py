@@ -98,7 +98,9 @@ def _step(x: Member) -> Tensor:
     of_slices = (squared / row.unsqueeze(-1) / col.unsqueeze(-2)).sum(-1).sum(-1) * row_mean
     rms, update_rms = (root_mean(total(of), numel) for of in (p.square().sum(-1).sum(-1), of_slices))
     scale, decay = (materialize(of.to(x.table.dtype)) for of in scale_and_decay(numbers, rms, update_rms))
-    update = g * (row / row_mean.unsqueeze(-1)).rsqrt().unsqueeze(-1) * col.rsqrt().unsqueeze(-2) * scale
+    # Not of their ratio: beside large rows, that of one without gradient would underflow.
+    row_factor = row.rsqrt() * (row_mean.sqrt() * scale).unsqueeze(-1)
+    update = g * row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
     noise = noise_of_member(x.draws, x.p, x.exp_avg, True)
     if x.exp_avg is not None:
         update = with_momentum(x.exp_avg, update, numbers, noise)

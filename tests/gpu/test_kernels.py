@@ -18,7 +18,7 @@ from adafactor_compiled import Adafactor
 from adafactor_compiled._gpu import launches, layout
 from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS
 
-COMMON = settings(max_examples=40, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
+COMMON = settings(max_examples=25, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
 
 
 @pytest.fixture
@@ -87,8 +87,16 @@ def test_channels_last(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     check_against_reference(problem, "kernels", compile=True)
 
 
-@pytest.mark.parametrize("dtype", [BFLOAT16, FLOAT16], ids=str)
-@pytest.mark.parametrize("momentum", [{}, {"beta1": 0.9}, {"beta1": 0.9, "momentum_dtype": BFLOAT16}], ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "momentum"),
+    [
+        (BFLOAT16, {}),
+        (BFLOAT16, {"beta1": 0.9}),
+        (FLOAT16, {"beta1": 0.9, "momentum_dtype": BFLOAT16}),
+        (FLOAT32, {"beta1": 0.9, "momentum_dtype": BFLOAT16}),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_stochastic_rounding_draws_as_on_the_other_paths(
     on_gpu: Memory, dtype: torch.dtype, momentum: dict[str, Any], layout: str
@@ -109,9 +117,11 @@ def test_stochastic_rounding_draws_as_on_the_other_paths(
             for param, x in zip(params, of_step, strict=True):
                 param.grad = torch.empty_like(param).copy_(x)
             optimizer.step()
-        both.append(params)
+        momenta = [state["exp_avg"] for state in optimizer.state.values() if "exp_avg" in state]
+        both.append([x for x in (*params, *momenta) if x.dtype in (BFLOAT16, FLOAT16)])
+    assert both[0]
     for p, q in zip(*both, strict=True):
-        assert (p != q).sum() <= 2 + p.numel() // 200, tuple(p.shape)
+        assert (p != q).sum() <= 2 + p.numel() // 2000, tuple(p.shape)
 
 
 def test_every_kind_of_launch(on_gpu: Memory) -> None:
@@ -149,12 +159,22 @@ def test_addresses_that_are_no_multiples_of_16(on_gpu: Memory, shape: tuple[int,
     reference.step()
     torch.testing.assert_close(param, other)
     (launch,) = optimizer._stepper._plans[None].launches
+    assert not launch.kernels.sixteens
+
+
+@pytest.mark.parametrize("shape", [(64, 48), (64,), (5008,)])
+def test_addresses_that_cease_to_be_multiples_of_16(on_gpu: Memory, shape: tuple[int, ...]) -> None:
+    param, flat = torch.randn(shape).requires_grad_(), torch.ones(torch.Size(shape).numel() + 1)
+    optimizer = Adafactor([param], compile=True)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    (launch,) = optimizer._stepper._plans[None].launches
     assert launch.kernels.sixteens
-    (ready,) = launches.prepare([launch], optimizer_entries(optimizer), [torch.zeros(())], [torch.zeros(13)])
-    assert not ready.aligned
-    param.data = other.detach().clone()
-    (ready,) = launches.prepare([launch], optimizer_entries(optimizer), [torch.zeros(())], [torch.zeros(13)])
-    assert ready.aligned == (param.grad.data_ptr() % 16 == 0)
+    for of_param, aligned in ((torch.ones(shape), True), (flat[1:].view(shape), False)):
+        param.grad = of_param
+        (ready,) = launches.prepare([launch], optimizer_entries(optimizer), [torch.zeros(())], [torch.zeros(13)])
+        assert ready.aligned == aligned
+    optimizer.step()
 
 
 def optimizer_entries(optimizer: Adafactor) -> Any:
@@ -339,3 +359,13 @@ def test_a_square_that_overflows_spoils_no_vector(on_gpu: Memory, shape: tuple[i
     param.grad.view(-1)[0] = 1e30
     optimizer.step()
     assert param.isfinite().all()
+
+
+def test_a_row_without_gradient_beside_large_ones(on_gpu: Memory) -> None:
+    """The ratio of the one to the others would underflow, and its root not be finite."""
+    params = [torch.ones(shape).requires_grad_() for shape in [(4, 2, 3, 3), (2, 40, 48)]]
+    for param in params:
+        param.grad = torch.full_like(param, 1e8)
+        param.grad[..., 0, :] = 0
+    Adafactor(params, compile=True).step()
+    assert all(param.isfinite().all() for param in params)

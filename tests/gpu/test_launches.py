@@ -73,7 +73,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
         assert (blocks - 1) * per < rows <= blocks * per
         assert launch.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
     for _, result, param_sq, param_count, update_sq, update_count in members:
-        taken += [(result, 2), (param_sq, param_count), (update_sq, update_count)]
+        taken += [(result, 3), (param_sq, param_count), (update_sq, update_count)]
     if launch.kernels.kind == MATRICES:
         taken += [(unit[11], unit[7]) for unit in units] + [(unit[12], 1) for unit in units]
         partial = sorted((unit[10], 2 * unit[5] * unit[7]) for unit in units)
