@@ -27,6 +27,12 @@ from adafactor_compiled._gpu.common import (
 
 
 @triton.jit
+def _place(rows, columns, R, C, TRANSPOSED: tl.constexpr):
+    """Where elements of a matrix lie."""
+    return rows[:, None] + columns[None, :] * R if TRANSPOSED else rows[:, None] * C + columns[None, :]
+
+
+@triton.jit
 def matrix_statistics(
     jobs, units, pointers, numbers, partial, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
@@ -60,7 +66,7 @@ def matrix_statistics(
         old = tl.load(row + rows, inside, 0.0)
         if ONE_TILE:
             mask = inside[:, None] & (columns < C)[None, :]
-            where = rows[:, None] + columns[None, :] * R if TRANSPOSED else rows[:, None] * C + columns[None, :]
+            where = _place(rows, columns, R, C, TRANSPOSED)
             x = tl.load(g + where, mask, 0.0).to(A)
             y = tl.load(p + where, mask, 0.0).to(A)
             squared = x * x
@@ -72,7 +78,7 @@ def matrix_statistics(
         else:
             for c in range(0, C, TILE_COLUMNS):
                 mask = inside[:, None] & (c + columns < C)[None, :]
-                where = rows[:, None] + (c + columns)[None, :] * R if TRANSPOSED else rows[:, None] * C + (c + columns)[None, :]
+                where = _place(rows, c + columns, R, C, TRANSPOSED)
                 x = tl.load(g + where, mask, 0.0).to(A)
                 y = tl.load(p + where, mask, 0.0, eviction_policy="evict_first").to(A)
                 row_sq += tl.sum(x * x, 1)
@@ -93,7 +99,7 @@ def matrix_statistics(
             for at in range(first, end, TILE_ROWS):
                 rows = at + tl.arange(0, TILE_ROWS)
                 mask = (rows < end)[:, None] & (c + columns < C)[None, :]
-                where = rows[:, None] + (c + columns)[None, :] * R if TRANSPOSED else rows[:, None] * C + (c + columns)[None, :]
+                where = _place(rows, c + columns, R, C, TRANSPOSED)
                 squared = tl.load(g + where, mask, 0.0).to(A)
                 squared *= squared
                 col_sq += tl.sum(squared, 0)
@@ -168,7 +174,7 @@ def apply_matrix(
         for at in range(first, end, TILE_ROWS):
             rows = at + tl.arange(0, TILE_ROWS)
             mask = (rows < end)[:, None] & (columns < C)[None, :]
-            where = rows[:, None] + columns[None, :] * R if TRANSPOSED else rows[:, None] * C + columns[None, :]
+            where = _place(rows, columns, R, C, TRANSPOSED)
             row_factor = tl.rsqrt(tl.load(row + rows, rows < end, 1.0)) * scale
             x = tl.load(g + where, mask, 0.0).to(A)
             update = x * row_factor[:, None] * col_factor[None, :]
