@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for stage in stages_of(options):
             for job, record, ended in run_at_once(stage, Path(folder), deadline):
                 if job.network is None:
-                    parts[job.part] = record
+                    parts[job.part] = {**parts.get(job.part, {}), **record}  # what it told while it compiled stays
                 else:
                     parts.setdefault(job.part, {})[job.network] = record
                 payload["seconds"] = round(time.monotonic() - start, 1)
