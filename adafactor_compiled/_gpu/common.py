@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 
 from adafactor_compiled._gpu import tables as t
+from adafactor_compiled._update import momentum, rounding
 
-LEAST_SHARE = tl.constexpr(1e-3)  # as in momentum.py
+LEAST_SHARE = tl.constexpr(momentum.LEAST_SHARE)
 TOTAL = tl.constexpr(256)  # how many numbers are added at once
-GOLDEN = tl.constexpr(-0x61C88647)  # as in rounding.py, like what is below
-FIRST_MULTIPLIER, SECOND_MULTIPLIER = tl.constexpr(0x21F0AAAD), tl.constexpr(0x735A2D97)
+GOLDEN = tl.constexpr(rounding.GOLDEN)
+FIRST_MULTIPLIER, SECOND_MULTIPLIER = map(tl.constexpr, rounding.MULTIPLIERS)
 
 
 @triton.jit

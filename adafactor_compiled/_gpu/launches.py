@@ -55,6 +55,7 @@ class Ready(NamedTuple):
     pointers: Tensor
     aligned: bool  # whether 128 bits can be read at a time
     written: list[Tensor]
+    numbers: list[Tensor]  # those of the members, each once, in the order of the last column of the pointers
 
 
 def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]], unaligned: Collection[int] = ()) -> list[Launch]:
@@ -100,7 +101,8 @@ def prepare(launches: Sequence[Launch], entries: list[Entry], update_rms: list[T
 def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> Ready:
     of, addresses, bits = launch.shape_class, [], 0
     written: list[Tensor] = []
-    numbers: dict[int, int] = {}
+    rows: dict[int, int] = {}  # of the numbers, by their id
+    numbers: list[Tensor] = []
     for i in launch.positions:
         position, p, g, state, _ = entries[i]
         v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
@@ -113,12 +115,15 @@ def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], table
             raise RuntimeError(f"parameter {position} (shape {tuple(p.shape)}) has state without memory; nothing was stepped")
         bits |= of_member[0] | of_member[1] | of_member[2] | of_member[3] | of_member[4]
         addresses += of_member
-        addresses.append(numbers.setdefault(id(tables[i]), len(numbers)))
+        if id(tables[i]) not in rows:
+            rows[id(tables[i])] = len(rows)
+            numbers.append(tables[i])
+        addresses.append(rows[id(tables[i])])
     on_device, pointers = _there(launch, addresses)
     aligned = launch.kernels.sixteens and bits % 16 == 0
     if aligned != launch.kernels.sixteens:
         try_out(launch.kernels._replace(sixteens=False))
-    return Ready(launch, on_device, pointers, aligned, written)
+    return Ready(launch, on_device, pointers, aligned, written, numbers)
 
 
 def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
@@ -164,20 +169,13 @@ def _host_table(addresses: list[int]) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
-def run_launch(ready: Ready, tables: list[Tensor], draws: Tensor | None) -> None:
-    """Step the members of a launch.
-
-    Args:
-        ready: the launch.
-        tables: the numbers of all entries of the step.
-        draws: for stochastic rounding, of the members, shape [k, DRAWS].
-    """
+def run_launch(ready: Ready, draws: Tensor | None) -> None:
+    """Step the members of a launch, with `draws` of shape [k, DRAWS] for stochastic rounding."""
     of = ready.launch.kernels
-    numbers = torch.stack(list({id(tables[i]): tables[i] for i in ready.launch.positions}.values()))
     from adafactor_compiled._gpu.steps import STEPS  # it imports Triton, which builds for CPUs lack
 
     with torch.cuda.device(of.device) if of.device.type == "cuda" else nullcontext():
-        STEPS[of.kind](ready, numbers, draws)
+        STEPS[of.kind](ready, torch.stack(ready.numbers), draws)
     torch.autograd.graph.increment_version(ready.written)  # as operations of torch do by themselves
 
 
@@ -195,7 +193,7 @@ def try_out(of: Kernels) -> None:
     tables, pointers = _there(example, [*(x.data_ptr() for x in tensors), 0])
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    run_launch(Ready(example, tables, pointers, of.sixteens, []), [numbers], draws)
+    run_launch(Ready(example, tables, pointers, of.sixteens, [], [numbers]), draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -137,7 +137,7 @@ def matrix_columns(
     row_mean = total(sums + tl.load(of + t.ROW_SUMS), blocks) / R.to(tl.float64)
     if chunk == 0:
         tl.store(sums + tl.load(of + t.MEAN), row_mean)
-    # As in matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
+    # As in _update/matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
     of_columns = tl.where(inside, tl.sum(weighted_sq, 0) / new, 0.0).to(tl.float64)
     tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(of_columns, 0) * row_mean)
 

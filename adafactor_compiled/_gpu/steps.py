@@ -45,7 +45,7 @@ def _sums(ready: Ready) -> Tensor:
 
 
 def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, column_jobs, units, members), pointers, aligned, _ = ready
+    launch, (jobs, column_jobs, units, members), pointers, aligned = ready[:4]
     of, sums = launch.kernels, _sums(ready)
     partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
     types, (height, width, one_tile, transposed) = _types(of), of.shape
@@ -73,7 +73,7 @@ def _apply(of: Kernels, members: Tensor, sums: Tensor, launch: Callable[[bool], 
 
 
 def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, _, units, members), pointers, aligned, _ = ready
+    launch, (jobs, _, units, members), pointers, aligned = ready[:4]
     of, sums = launch.kernels, _sums(ready)
     types, (elements, twice) = _types(of), of.shape
     tile = {"TILE": elements, "ALIGNED": aligned, "num_warps": max(4, elements // 512)}
