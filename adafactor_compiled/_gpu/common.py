@@ -150,10 +150,16 @@ def write(to, value, mask, noise, D: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def with_momentum(exp_avg, update, mask, numbers, pointers, m):
+def with_momentum(
+    exp_avg, update, mask, noise, numbers, pointers, m, M: tl.constexpr, ROUNDING: tl.constexpr, COUNT: tl.constexpr
+):
+    """The new momentum; written, but where elements are only counted."""
     before = tl.load(exp_avg, mask, 0.0).to(update.dtype)
     share = number_of(numbers, pointers, m, t.ONE_MINUS_BETA1)
-    return before * number_of(numbers, pointers, m, t.BETA1) + update * share
+    new = before * number_of(numbers, pointers, m, t.BETA1) + update * share
+    if not COUNT:
+        write(exp_avg, new, mask, noise, M, ROUNDING)
+    return new
 
 
 @triton.jit

@@ -184,9 +184,7 @@ def apply_matrix(
                 noise = noise_at(draws, m, slices, rows[:, None], columns[None, :], N)
             if M is not None:
                 exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + start + where
-                update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
-                if not COUNT:
-                    write(exp_avg, update, mask, noise, M, ROUNDING)
+                update = with_momentum(exp_avg, update, mask, noise, numbers, pointers, m, M, ROUNDING, COUNT)
             if COUNT:
                 agreeing += tl.sum(tl.where(mask, agreement_of(update, x, sign), 0.0).to(tl.float64), 1)
             else:

@@ -97,9 +97,7 @@ def apply_slices(
         noise = noise_at(draws, m, n3, rows3, columns3, N)
     if M is not None:
         exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, False) + at_p
-        update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
-        if not COUNT:
-            write(exp_avg, update, mask, noise, M, ROUNDING)
+        update = with_momentum(exp_avg, update, mask, noise, numbers, pointers, m, M, ROUNDING, COUNT)
     if CAUTIOUS:
         agree = tl.where(mask, agreement_of(update, x, sign), 0.0)
         if COUNT:

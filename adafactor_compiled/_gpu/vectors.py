@@ -76,9 +76,7 @@ def apply_vector(
         noise = noise_at(draws, m, at if TWICE else at * 0, at * 0, at * 0 if TWICE else at, N)
     if M is not None:
         exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + at
-        update = with_momentum(exp_avg, update, mask, numbers, pointers, m)
-        if not COUNT:
-            write(exp_avg, update, mask, noise, M, ROUNDING)
+        update = with_momentum(exp_avg, update, mask, noise, numbers, pointers, m, M, ROUNDING, COUNT)
     if CAUTIOUS:
         agree = tl.where(mask, agreement_of(update, x, sign), 0.0)
         if COUNT:
