@@ -187,4 +187,11 @@ def test_zero_grad() -> None:
 
 @pytest.mark.parametrize("name", [m.name for m in pkgutil.walk_packages(adafactor_compiled.__path__, "adafactor_compiled.")])
 def test_examples_in_docstrings(name: str) -> None:
-    assert doctest.testmod(importlib.import_module(name)).failed == 0
+    try:
+        module = importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        assert name.startswith("adafactor_compiled._gpu.")
+        pytest.skip("a module of kernels, without Triton")
+    assert doctest.testmod(module).failed == 0
