@@ -122,8 +122,7 @@ class Described(NamedTuple):
     grad_type: type
     grad_dtype: torch.dtype
     grad_stride: tuple[int, ...]
-    state: list[Any]
-    layouts: list[Layout] | None  # of the gradient and the state, for kernels that only know addresses; graphs have guards
+    state: list[tuple[Any, Layout | None]]  # layouts for kernels that only know addresses; graphs have guards
 
 
 Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
@@ -132,13 +131,12 @@ Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
 def _described(entry: Entry, launched: bool) -> Described:
     _, p, g, state, group = entry
     of_param, of_grad = (p.dtype, p.device, p.shape, p.stride()), (type(g), g.dtype, g.stride())
-    layouts = _layouts_of(g, state) if launched else None
-    return Described(id(group), _options_of(group), *of_param, *of_grad, list(state.values()), layouts)
+    of_state = [(x, _layout_of(x) if launched and isinstance(x, Tensor) else None) for x in state.values()]
+    return Described(id(group), _options_of(group), *of_param, *of_grad, of_state)
 
 
-def _layouts_of(g: Tensor, state: State) -> list[Layout]:
-    tensors = (x for x in state.values() if isinstance(x, Tensor))
-    return [(x.dtype, x.device, x.shape, x.stride()) for x in (g, *tensors)]
+def _layout_of(x: Tensor) -> Layout:
+    return x.dtype, x.device, x.shape, x.stride()
 
 
 def _options_of(group: Group) -> tuple[Any, ...]:
@@ -167,13 +165,21 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
             or p.is_neg()
             or p.shape != was.shape
             or g.shape != was.shape
-            or p.device != was.device
+            or not (p.device == g.device == was.device)
             or options[id(group)] != was.options
             or id(group) != was.group
-            or len(state) != len(was.state)
-            or any(a is not b for a, b in zip(state.values(), was.state, strict=True) if type(b) is not int)
-            or (was.layouts is not None and was.layouts != _layouts_of(g, state))
+            or not _is_same(state, was.state)
         ):
+            return False
+    return True
+
+
+def _is_same(state: State, was: list[tuple[Any, Layout | None]]) -> bool:
+    """Whether a state has the tensors that were checked, laid out as they were; its step count, a number, may be another."""
+    if len(state) != len(was):
+        return False
+    for x, (checked, layout) in zip(state.values(), was, strict=True):
+        if type(checked) is not int and (x is not checked or (layout is not None and _layout_of(x) != layout)):
             return False
     return True
 
