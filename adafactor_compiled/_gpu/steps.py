@@ -76,12 +76,12 @@ def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
     launch, (jobs, _, units, members), pointers, aligned = ready[:4]
     of, sums = launch.kernels, _sums(ready)
     types, (elements, twice) = _types(of), of.shape
-    tile = {"TILE": elements, "ALIGNED": aligned, "num_warps": max(4, elements // 512)}
+    tile = {"TILE": elements, "TWICE": bool(twice), "ALIGNED": aligned, "num_warps": max(4, elements // 512)}
     whole = of.kind == SHORT
     if not whole:
         vector_sums[jobs.shape](jobs, units, pointers, numbers, sums, **types, **tile)
         finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
-    options = {**types, **tile, **_options(of), "TWICE": bool(twice), "WHOLE": whole}
+    options = {**types, **tile, **_options(of), "WHOLE": whole}
 
     def apply(count: bool) -> None:
         apply_vector[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)

@@ -22,9 +22,16 @@ from adafactor_compiled._gpu.common import (
 
 
 @triton.jit
+def direction(x, new, TWICE: tl.constexpr):
+    """The update before its scale: where the square of a gradient overflows 0, and NaN where that makes a row infinite."""
+    update = x * tl.rsqrt(new)
+    return update + (new - new) if TWICE else update
+
+
+@triton.jit
 def vector_sums(
     jobs, units, pointers, numbers, sums,
-    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, ALIGNED: tl.constexpr,
+    P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, TWICE: tl.constexpr, ALIGNED: tl.constexpr,
 ):  # fmt: skip
     """First reads of a chunk of a vector; of a unit, rows are the elements and `t.PER` is `TILE`."""
     job = tl.program_id(0)
@@ -38,7 +45,7 @@ def vector_sums(
     old = tl.load(pointer_to(pointers, m, t.ROW_AT, A, ALIGNED) + at, mask, 1.0)
     new = moving_average(old, x * x, beta2, rest, eps)
     tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + chunk, tl.sum(y * y, 0).to(tl.float64))
-    update = x * tl.rsqrt(new)  # 0 where the square of a gradient has overflowed
+    update = direction(x, new, TWICE)
     tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(tl.where(mask, update * update, 0.0), 0).to(tl.float64))
 
 
@@ -60,16 +67,15 @@ def apply_vector(
     y = tl.load(p, mask, 0.0).to(A)
     beta2, rest, eps = decay_rates(numbers, pointers, m)
     new = moving_average(tl.load(v, mask, 1.0), x * x, beta2, rest, eps)
-    of_member = members + m * t.MEMBER
+    of_member, update = members + m * t.MEMBER, direction(x, new, TWICE)
     if WHOLE:
-        update = x * tl.rsqrt(new)  # 0 where the square of a gradient has overflowed
         update_sq = tl.sum(tl.where(mask, update * update, 0.0).to(tl.float64), 0)
         scale, decay = measure(tl.sum((y * y).to(tl.float64), 0), update_sq, n, numbers, pointers, m, A)
     else:
         result = sums + tl.load(of_member + t.RESULT)
         scale, decay = tl.load(result), tl.load(result + 1)
     scale, decay, sign = scale.to(A), decay.to(A), number_of(numbers, pointers, m, t.SIGN)
-    update = x * (tl.rsqrt(new) * scale)
+    update *= scale
     noise = decay
     if ROUNDING and not COUNT:
         # A vector is one row; of two copies each element is a slice of its own.

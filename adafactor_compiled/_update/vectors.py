@@ -35,12 +35,15 @@ class VectorSums(NamedTuple):
     update_sq: Tensor
 
 
-def vector_sums(p: Tensor, g: Tensor, second_moment: Tensor, table: Tensor) -> VectorSums:
-    """Nothing is written."""
+def vector_sums(p: Tensor, g: Tensor, second_moment: Tensor, table: Tensor, factored: bool = False) -> VectorSums:
+    """Nothing is written. Where the square of a gradient overflows, the update is 0, and NaN where that makes a row infinite."""
     wide, sums = _wide(p, table)
-    new = moving_average(second_moment, g.to(wide).square(), Numbers.of(table))
+    wide_g = g.to(wide)
+    squared = wide_g.square()
+    new = moving_average(second_moment, squared, Numbers.of(table))
     # Of squares / new rather than of g / sqrt(new): a square root less.
-    return VectorSums(sums(p.to(wide).square()), sums(g.to(wide).square() / new))
+    update_sq = squared / new if factored else wide_g * (wide_g / new)
+    return VectorSums(sums(p.to(wide).square()), sums(update_sq))
 
 
 def apply_vector(
@@ -75,7 +78,7 @@ def vector_agreement(
 
 
 def _step(x: Member, second_moment: Tensor, twin: Tensor | None) -> Tensor:
-    return _apply(x, second_moment, twin, vector_sums(x.p, x.g, second_moment, x.table), x.p.numel())
+    return _apply(x, second_moment, twin, vector_sums(x.p, x.g, second_moment, x.table, twin is not None), x.p.numel())
 
 
 def _apply(

@@ -172,6 +172,18 @@ def test_a_column_whose_mean_overflows_spoils_nothing(path):
 
 
 @pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize(("shape", "spoiled"), [((40,), False), ((70000,), False), ((40, 40, 1, 1), True)], ids=str)
+def test_a_square_that_overflows_spoils_no_vector(path, shape, spoiled):
+    """But what has rows: one that is infinite is divided by the average of all."""
+    params = parameters([shape])
+    optimizer = Adafactor(params, **PATHS[path])
+    set_gradients(params, 0)
+    params[0].grad.view(-1)[3] = 1e30
+    optimizer.step()
+    assert params[0].isnan().all() if spoiled else params[0].isfinite().all()
+
+
+@pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("capturable", [False, True])
 def test_skip_leaves_a_parameter_and_its_state_untouched_and_steps_the_others(path, capturable):
     """As if the spoiled gradients had not been there at all: the twin gets None in their place."""
