@@ -106,7 +106,7 @@ def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], table
     for i in launch.positions:
         position, p, g, state, _ = entries[i]
         v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
-        if launch.kernels.kind in (VECTORS, SHORT):  # of two copies the columns are read
+        if launch.kernels.swapped or launch.kernels.kind in (VECTORS, SHORT):  # of two copies the columns are read
             v, w = w, v
         exp_avg = state["exp_avg"] if of.momentum else v
         of_member = [x.data_ptr() for x in (p, g, v, w, exp_avg, state["RMS"], update_rms[i])]
@@ -208,6 +208,6 @@ def _example_of(of: Kernels) -> tuple[tuple[int, ...], tuple[int, ...]]:
         shape = (2, 2, rows, columns)
         return shape, contiguous_stride(shape) if contiguous else (2 * rows * columns, 1, 2 * columns, 2)
     if of.kind == MATRICES:
-        transposed = of.shape[-1]
-        return ((size, 3), (1, size)) if transposed else ((3, size), (size, 1))
+        transposed = bool(of.shape[-2])
+        return ((3, size), (size, 1)) if transposed == of.swapped else ((size, 3), (3, 1))
     return (size,), (1,)

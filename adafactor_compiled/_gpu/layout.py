@@ -16,6 +16,7 @@ MATRICES, VECTORS, SHORT, SLICES = "matrices", "vectors", "short vectors", "slic
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK_BYTES = 262_144  # of a gradient, in a block of rows: those that are being stepped stay in the second-level cache
 LEAST_ROWS, MOST_BLOCKS = 16, 512  # of a block, of a matrix: the sums of a block take two rows
+FEW_ROWS, WIDE = 2048, 4  # rows of a matrix that keep few blocks of threads busy, where `LEAST_ROWS` are more than 4 blocks
 WIDEST = 1024  # columns of a tile
 TILE = {2: 4096, 4: 4096, 8: 2048}  # elements, by the bytes of one of a gradient
 CHUNK = 1024  # elements of a long vector
@@ -35,9 +36,15 @@ class Kernels(NamedTuple):
     momentum: Momentum | None
     rounding: bool
     sixteens: bool  # whether sizes are multiples of 16, so that 128 bits are read at a time
-    # Of matrices: rows and columns of a tile, whether it has all columns, whether they are transposed. Of vectors: elements of
-    # a tile, whether there are two copies of the second moment. Of slices: rows, columns, whether they are contiguous.
+    # Of matrices: rows and columns of a tile, whether it has all columns, whether they are transposed, whether they step as
+    # their transposes. Of vectors: elements of a tile, whether there are two copies of the second moment. Of slices: rows,
+    # columns, whether they are contiguous.
     shape: tuple[int, ...]
+
+    @property
+    def swapped(self) -> bool:
+        """Whether the columns of a matrix are the kernels' rows: few rows, very wide, would be few blocks of threads."""
+        return self.kind == MATRICES and bool(self.shape[-1])
 
 
 class Tables(NamedTuple):
@@ -78,14 +85,15 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
         if contiguous or (len(of.shape) <= 4 and _is_dense(of.shape, of.stride)):
             return kernels(SLICES, False, rows, columns, contiguous)
         return None
-    if contiguous:
-        width = min(max(16, power(columns)), WIDEST)
-        height = TILE[of.grad_dtype.itemsize] // width
-        return kernels(MATRICES, columns % 16 == 0, height, width, columns <= width, False)
     transposed = (*contiguous_stride((*of.shape[:-2], columns, rows))[:-2], 1, rows)
-    if all(same_layout(of.shape, x, transposed) for x in strides):
-        return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True)
-    return None
+    if not contiguous and not all(same_layout(of.shape, x, transposed) for x in strides):
+        return None
+    swapped = rows < FEW_ROWS and LEAST_ROWS * columns * of.grad_dtype.itemsize > WIDE * BLOCK_BYTES
+    if contiguous == swapped:
+        return kernels(MATRICES, (columns if swapped else rows) % 16 == 0, 64, 64, False, True, swapped)
+    columns = rows if swapped else columns
+    width = min(max(16, power(columns)), WIDEST)
+    return kernels(MATRICES, columns % 16 == 0, TILE[of.grad_dtype.itemsize] // width, width, columns <= width, False, swapped)
 
 
 def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
@@ -117,8 +125,12 @@ class Layout:
     def partial_of(self, of: ShapeClass) -> int:
         if self.kernels.kind != MATRICES:
             return 0
-        slices, rows, columns = _as_matrix(of)
+        slices, rows, columns = self._matrix_of(of)
         return 2 * columns * slices * -(-rows // self._rows_of_a_block(rows, columns))
+
+    def _matrix_of(self, of: ShapeClass) -> tuple[int, int, int]:
+        slices, rows, columns = _as_matrix(of)
+        return (slices, columns, rows) if self.kernels.swapped else (slices, rows, columns)
 
     def _rows_of_a_block(self, rows: int, columns: int) -> int:
         tile_rows = self.kernels.shape[0]
@@ -131,7 +143,7 @@ class Layout:
 
     def add(self, of: ShapeClass) -> None:
         m, kind, shape = len(self.members), self.kernels.kind, self.kernels.shape
-        slices, rows, columns = (1, of.numel, 1) if kind in (VECTORS, SHORT) else _as_matrix(of)
+        slices, rows, columns = (1, of.numel, 1) if kind in (VECTORS, SHORT) else self._matrix_of(of)
         if kind == MATRICES:
             per, units = self._rows_of_a_block(rows, columns), slices
             chunks = -(-columns // TILE_OF_COLUMNS[1])

@@ -48,7 +48,7 @@ def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
     launch, (jobs, column_jobs, units, members), pointers, aligned = ready[:4]
     of, sums = launch.kernels, _sums(ready)
     partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
-    types, (height, width, one_tile, transposed) = _types(of), of.shape
+    types, (height, width, one_tile, transposed, _) = _types(of), of.shape
     tile = {"TILE_ROWS": height, "TILE_COLUMNS": width, "ALIGNED": aligned, "TRANSPOSED": bool(transposed)}
     tile["num_warps"] = 4 if width >= 256 else 8
     matrix_statistics[jobs.shape](jobs, units, pointers, numbers, partial, sums, **types, **tile, ONE_TILE=bool(one_tile))

@@ -23,7 +23,7 @@ from adafactor_compiled._gpu.common import (
 
 @triton.jit
 def direction(x, new, TWICE: tl.constexpr):
-    """The update before its scale: where the square of a gradient overflows 0, and NaN where that makes a row infinite."""
+    """The update before its scale: where the square of a gradient overflows 0, or NaN where that makes a row infinite."""
     update = x * tl.rsqrt(new)
     return update + (new - new) if TWICE else update
 

@@ -36,7 +36,7 @@ class VectorSums(NamedTuple):
 
 
 def vector_sums(p: Tensor, g: Tensor, second_moment: Tensor, table: Tensor, factored: bool = False) -> VectorSums:
-    """Nothing is written. Where the square of a gradient overflows, the update is 0, and NaN where that makes a row infinite."""
+    """Nothing is written. Where the square of a gradient overflows the update is 0, or NaN where that makes a row infinite."""
     wide, sums = _wide(p, table)
     wide_g = g.to(wide)
     squared = wide_g.square()

@@ -28,6 +28,8 @@ def in_parts(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
         "BLOCK_BYTES": 256,
         "LEAST_ROWS": 2,
         "TILE": {2: 64, 4: 64, 8: 64},
+        "FEW_ROWS": 8,
+        "WIDE": 0.25,
         "WIDEST": 16,
         "CHUNK": 16,
         "SHORTEST": (8, 16),
@@ -37,6 +39,12 @@ def in_parts(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     }.items():
         monkeypatch.setattr(layout, name, value)
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 64)
+
+
+@pytest.fixture
+def all_swapped(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All matrices count as wide."""
+    monkeypatch.setattr(layout, "WIDE", 0)
 
 
 def kinds_of(optimizer: Adafactor) -> set[str]:
@@ -81,6 +89,12 @@ def test_options(on_gpu: Memory, dtype: torch.dtype, options: dict[str, Any], la
     check_against_reference(problem_of(*shapes, dtype=dtype, layout=layout, **options), "kernels", steps=2, compile=True)
 
 
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_matrices_that_step_as_their_transposes(on_gpu: Memory, all_swapped: None, layout: str) -> None:
+    problem = problem_of(*MATRICES_OF, layout=layout, beta1=0.9, cautious=True)
+    check_against_reference(problem, "kernels", steps=2, compile=True)
+
+
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (2, 3, 5, 7), (4, 8, 7, 7)])
 def test_channels_last(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     problem = problem_of(shape, layout="channels_last", beta1=0.9)
@@ -97,11 +111,14 @@ def test_channels_last(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     ],
     ids=str,
 )
-@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "swapped"])
 def test_stochastic_rounding_draws_as_on_the_other_paths(
-    on_gpu: Memory, dtype: torch.dtype, momentum: dict[str, Any], layout: str
+    on_gpu: Memory, request: pytest.FixtureRequest, dtype: torch.dtype, momentum: dict[str, Any], layout: str
 ) -> None:
     """Nearly all elements are the same bits: the others were next to where the noise decides."""
+    if layout == "swapped":
+        request.getfixturevalue("all_swapped")
+        layout = "contiguous"
     generator = torch.Generator().manual_seed(0)
     options = {"stochastic_rounding": True, "weight_decay": 0.1, **momentum}
     both = []

@@ -55,7 +55,24 @@ def test_kinds(of: ShapeClass, kind: str | None) -> None:
     assert (kernels and kernels.kind) == kind
 
 
-COVERED = [(50_257, 768), (3072, 768), (768, 3072), (16, 4096), (3, 1024, 1024), (64, 64, 3, 3), (70_000,), (7, 1)]
+COVERED = [
+    (50_257, 768),
+    (3072, 768),
+    (768, 3072),
+    (16, 4096),
+    (16, 131_072),
+    (3, 1024, 1024),
+    (64, 64, 3, 3),
+    (70_000,),
+    (7, 1),
+]
+
+
+@pytest.mark.parametrize("stride", [(131_072, 1), (1, 16)])
+def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -> None:
+    (launch,) = launches.launches_of([(class_of(16, 131_072, stride=stride), [0])])
+    assert launch.kernels.swapped
+    assert len(launch.tables.jobs) == 32
 
 
 @pytest.mark.parametrize("shape", COVERED, ids=str)
