@@ -169,13 +169,19 @@ def _host_table(addresses: list[int]) -> Tensor:
     return torch.tensor(addresses, dtype=torch.int64, device="cpu")
 
 
-def run_launch(ready: Ready, draws: Tensor | None) -> None:
-    """Step the members of a launch, with `draws` of shape [k, DRAWS] for stochastic rounding."""
+def run_launch(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
+    """Step the k members of a launch.
+
+    Args:
+        ready: the launch.
+        numbers: `ready.numbers`, stacked.
+        draws: for stochastic rounding, of shape [k, DRAWS].
+    """
     of = ready.launch.kernels
     from adafactor_compiled._gpu.steps import STEPS  # it imports Triton, which builds for CPUs lack
 
     with torch.cuda.device(of.device) if of.device.type == "cuda" else nullcontext():
-        STEPS[of.kind](ready, torch.stack(ready.numbers), draws)
+        STEPS[of.kind](ready, numbers, draws)
     torch.autograd.graph.increment_version(ready.written)  # as operations of torch do by themselves
 
 
@@ -193,7 +199,7 @@ def try_out(of: Kernels) -> None:
     tables, pointers = _there(example, [*(x.data_ptr() for x in tensors), 0])
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    run_launch(Ready(example, tables, pointers, of.sixteens, [], [numbers]), draws)
+    run_launch(Ready(example, tables, pointers, of.sixteens, [], []), numbers, draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -73,7 +73,7 @@ def _route(of: ShapeClass) -> Route:
 
 
 class Tables:
-    """The numbers of the entries of a step, stacked for its calls; many calls share them."""
+    """The numbers of the entries of a step, stacked for its calls and launches; many share them."""
 
     def __init__(self, tables: list[Tensor], draws: dict[int, Tensor]) -> None:
         self.tables, self._draws = tables, draws
@@ -82,7 +82,10 @@ class Tables:
     def of(self, positions: Sequence[int], k: int) -> Tensor:
         """[k, len(Numbers)]; the last one again where there are more members than positions."""
         rows = [self.tables[i] for i in positions]
-        rows += rows[-1:] * (k - len(rows))
+        return self.stack(rows + rows[-1:] * (k - len(rows)))
+
+    def stack(self, rows: list[Tensor]) -> Tensor:
+        """Made once in a step."""
         if torch.compiler.is_compiling():  # the graph finds by itself what is there already
             return torch.stack(rows)
         key = tuple(map(id, rows))

@@ -54,7 +54,8 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     for one in ready:
         of, positions = one.launch.kernels, one.launch.positions
         with range_of_launch(one.launch) if named else UNNAMED:
-            run_launch(one, tables.draws(positions, len(positions), of.swapped) if of.rounding else None)
+            draws = tables.draws(positions, len(positions), of.swapped) if of.rounding else None
+            run_launch(one, tables.stack(one.numbers), draws)
     for part in plan.eager if compiles else plan.all_eager:
         with range_of_part(part) if named else UNNAMED:
             measured += _run_part(part, plan, entries, tables)
