@@ -147,9 +147,9 @@ def check_compiled_in_chunks() -> None:
 
 def test_compiled(ranks):
     pair = ranks(2)
-    pair.run(check_compiled, [Shard(0)], [(64, 48), (90, 40), (1, 5), (130,), (44,), (3,), (1,)], timeout=280.0)
-    pair.run(check_compiled, [Shard(1)], [(64, 48), (90, 40)], timeout=280.0)
-    pair.run(check_compiled_in_chunks, timeout=280.0)
+    pair.run(check_compiled, [Shard(0)], [(64, 48), (90, 40), (1, 5), (130,), (44,), (3,), (1,)])
+    pair.run(check_compiled, [Shard(1)], [(64, 48), (90, 40)])
+    pair.run(check_compiled_in_chunks)
 
 
 def check_frozen_and_late() -> None:

@@ -110,7 +110,7 @@ def check_cautious(mode: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("mode", [EAGER, {"compile": None}], ids=str)
 def test_cautious(ranks, mode):
-    ranks(4).run(check_cautious, mode, timeout=300)  # four ranks that import the compiler at once
+    ranks(4).run(check_cautious, mode)
 
 
 def check_mixture() -> None:
