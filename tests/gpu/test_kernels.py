@@ -116,13 +116,13 @@ def test_stochastic_rounding_draws_as_on_the_other_paths(
     on_gpu: Memory, request: pytest.FixtureRequest, dtype: torch.dtype, momentum: dict[str, Any], layout: str
 ) -> None:
     """Nearly all elements are the same bits: the others were next to where the noise decides."""
+    shapes = SHAPES if layout == "contiguous" else MATRICES_OF
     if layout == "swapped":
         request.getfixturevalue("all_swapped")
         layout = "contiguous"
     generator = torch.Generator().manual_seed(0)
     options = {"stochastic_rounding": True, "weight_decay": 0.1, **momentum}
     both = []
-    shapes = SHAPES if layout == "contiguous" else MATRICES_OF
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
     for path in ({"compile": True}, {"foreach": False}):
