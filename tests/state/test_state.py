@@ -103,7 +103,7 @@ def assert_equal_trees(first: Any, second: Any) -> None:
 MODES = [(path, capturable) for path in PATHS for capturable in (False, True)]
 
 
-@pytest.mark.parametrize(("saved", "loaded"), itertools.product(MODES, MODES), ids=str)
+@pytest.mark.parametrize(("saved", "loaded"), list(itertools.product(MODES, MODES)), ids=str)
 def test_another_way_to_run(saved: tuple[str, bool], loaded: tuple[str, bool]) -> None:
     """How a step runs is chosen anew when a checkpoint is loaded; what it computes goes on."""
     (params, before), (others, after) = (make(capturable=c, **PATHS[path]) for path, c in (saved, loaded))
