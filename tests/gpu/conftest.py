@@ -12,8 +12,8 @@ from adafactor_compiled._gpu import launches, layout
 
 @pytest.fixture
 def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[interpreter.Memory]:
-    if not interpreter.AVAILABLE:
-        pytest.skip("needs Triton, of a CUDA build of torch, and its interpreter")
+    if (reason := interpreter.why_not()) is not None:
+        pytest.skip(reason)
     monkeypatch.setattr(layout, "is_gpu", lambda device: device.type == "cpu")
     for cached in (layout.kernels_of, launches.try_out):
         cached.cache_clear()

@@ -3,7 +3,8 @@ made for it, and nothing else."""
 
 from __future__ import annotations
 
-import importlib.util
+import contextlib
+import importlib.metadata
 import os
 from typing import Any
 
@@ -14,7 +15,20 @@ from torch import Tensor
 
 from adafactor_compiled._gpu import launches
 
-AVAILABLE = importlib.util.find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") == "1"
+
+def why_not() -> str | None:
+    """What keeps the interpreter from running, if anything does."""
+    if os.environ.get("TRITON_INTERPRET") != "1":
+        return "needs Triton's interpreter, which a GPU takes the place of"
+    try:
+        triton = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "needs Triton, of a CUDA build of torch"
+    with contextlib.suppress(TypeError):
+        int(np.zeros(1))
+        return None
+    known = tuple(map(int, triton.split(".")[:2])) >= (3, 8)
+    return None if known else f"the interpreter of Triton {triton} takes arrays for numbers, as numpy before 2.4 does"
 
 
 class Memory:
