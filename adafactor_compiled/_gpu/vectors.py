@@ -22,9 +22,9 @@ from adafactor_compiled._gpu.common import (
 
 
 @triton.jit
-def direction(x, new, TWICE: tl.constexpr):
-    """The update before its scale: where the square of a gradient overflows 0, or NaN where that makes a row infinite."""
-    update = x * tl.rsqrt(new)
+def scaled_update(x, new, scale, TWICE: tl.constexpr):
+    """Where the square of a gradient overflows 0, or NaN where that makes a row infinite."""
+    update = x * (tl.rsqrt(new) * scale)
     return update + (new - new) if TWICE else update
 
 
@@ -45,7 +45,7 @@ def vector_sums(
     old = tl.load(pointer_to(pointers, m, t.ROW_AT, A, ALIGNED) + at, mask, 1.0)
     new = moving_average(old, x * x, beta2, rest, eps)
     tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + chunk, tl.sum(y * y, 0).to(tl.float64))
-    update = direction(x, new, TWICE)
+    update = scaled_update(x, new, 1.0, TWICE)
     tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(tl.where(mask, update * update, 0.0), 0).to(tl.float64))
 
 
@@ -67,15 +67,16 @@ def apply_vector(
     y = tl.load(p, mask, 0.0).to(A)
     beta2, rest, eps = decay_rates(numbers, pointers, m)
     new = moving_average(tl.load(v, mask, 1.0), x * x, beta2, rest, eps)
-    of_member, update = members + m * t.MEMBER, direction(x, new, TWICE)
+    of_member = members + m * t.MEMBER
     if WHOLE:
+        update = scaled_update(x, new, 1.0, TWICE)
         update_sq = tl.sum(tl.where(mask, update * update, 0.0).to(tl.float64), 0)
         scale, decay = measure(tl.sum((y * y).to(tl.float64), 0), update_sq, n, numbers, pointers, m, A)
     else:
         result = sums + tl.load(of_member + t.RESULT)
         scale, decay = tl.load(result), tl.load(result + 1)
     scale, decay, sign = scale.to(A), decay.to(A), number_of(numbers, pointers, m, t.SIGN)
-    update *= scale
+    update = scaled_update(x, new, scale, TWICE)
     noise = decay
     if ROUNDING and not COUNT:
         # A vector is one row; of two copies each element is a slice of its own.
