@@ -16,7 +16,7 @@ MATRICES, VECTORS, SHORT, SLICES = "matrices", "vectors", "short vectors", "slic
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 BLOCK_BYTES = 262_144  # of a gradient, in a block of rows: those that are being stepped stay in the second-level cache
 LEAST_ROWS, MOST_BLOCKS = 16, 512  # of a block, of a matrix: the sums of a block take two rows
-FEW_ROWS, WIDE = 2048, 4  # rows of a matrix that keep few blocks of threads busy, where `LEAST_ROWS` are more than 4 blocks
+FEW_ROWS, WIDE = 2048, 4  # a matrix of fewer rows, `LEAST_ROWS` of which are more than 4 blocks, steps as its transpose
 WIDEST = 1024  # columns of a tile
 TILE = {2: 4096, 4: 4096, 8: 2048}  # elements, by the bytes of one of a gradient
 CHUNK = 1024  # elements of a long vector
@@ -89,9 +89,10 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
     if not contiguous and not all(same_layout(of.shape, x, transposed) for x in strides):
         return None
     swapped = rows < FEW_ROWS and LEAST_ROWS * columns * of.grad_dtype.itemsize > WIDE * BLOCK_BYTES
+    if swapped:
+        rows, columns = columns, rows
     if contiguous == swapped:
-        return kernels(MATRICES, (columns if swapped else rows) % 16 == 0, 64, 64, False, True, swapped)
-    columns = rows if swapped else columns
+        return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True, swapped)
     width = min(max(16, power(columns)), WIDEST)
     return kernels(MATRICES, columns % 16 == 0, TILE[of.grad_dtype.itemsize] // width, width, columns <= width, False, swapped)
 
