@@ -56,9 +56,11 @@ class Adafactor(Optimizer):
         scale_parameter: scale the learning rate by the RMS of the parameter.
         relative_step: let the step count choose the learning rate; excludes `lr`.
         warmup_init: start the relative step at 1e-6 a step; needs `relative_step`.
-        foreach: False takes the eager per-parameter path, uncompiled; None means True.
-        compile: True compiles the multi-tensor path and raises where that does not work; False keeps it eager; None compiles
-            where it works and warns once where it does not.
+        foreach: False takes the eager per-parameter path, uncompiled; True a multi-tensor path.
+        compile: True compiles the multi-tensor path with torch.compile and raises where that does not work; False keeps it eager.
+        fused: True steps by kernels of our own, C++ on a CPU and Triton on a GPU, and raises where those cannot be compiled. By
+            default fused kernels step what they can; where they cannot be compiled a warning says why, and the multi-tensor path
+            steps, compiled if that works.
         maximize: maximize the objective; gradients are left as they are.
         capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
             a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.
@@ -92,7 +94,8 @@ class Adafactor(Optimizer):
             at construction, in `add_param_group` and in `load_state_dict`.
         TypeError: an overridden `_get_options`, `_rms` or `_approx_sq_grad`, which steps would not call.
         RuntimeError: in `step`, before anything has changed: a sparse gradient, one that does not fit its parameter, or
-            `compile=True` without a working toolchain.
+            `compile=True` or `fused=True` without a working toolchain. At construction, as in torch.optim, for flags that
+            contradict `fused=True`.
 
     Example:
         >>> import torch
@@ -128,6 +131,7 @@ class Adafactor(Optimizer):
         *,
         foreach: bool | None = None,
         compile: bool | None = None,
+        fused: bool | None = None,
         maximize: bool = False,
         capturable: bool = False,
         stochastic_rounding: bool = False,
@@ -208,8 +212,10 @@ class Adafactor(Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        entries = self._overridden(entries_of(self.param_groups, self.state))
-        self._stepper.step(self, entries, self.show_progress)
+        overrides.check_all(self, self._parts)
+        if self._get_lr is not self._parts["_get_lr"] or not self._stepper.again(self):
+            entries = self._overridden(entries_of(self.param_groups, self.state))
+            self._stepper.step(self, entries, self.show_progress)
         return loss
 
     @torch.no_grad()
@@ -251,8 +257,8 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
-        plan = plan_of(self._overridden(entries_of_all(self.param_groups, self.state)), None)
-        self._stepper.compilation.compiles(plan, self.param_groups, self.show_progress)
+        entries = self._overridden(entries_of_all(self.param_groups, self.state))
+        self._stepper.compilation.make_ready(entries, self.param_groups, self.show_progress)
 
     def telemetry(self) -> list[GroupTelemetry]:
         """What the last step did, group by group: see `GroupTelemetry`. Costs one small transfer and compiles nothing.
@@ -264,7 +270,8 @@ class Adafactor(Optimizer):
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
-        return summary_of(plan_of(entries, None), entries, not self._stepper.compilation.failed)
+        compilation = self._stepper.compilation
+        return summary_of(plan_of(entries, None, compilation.fused), entries, not compilation.failed)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, which saves their memory, or set them to zero."""

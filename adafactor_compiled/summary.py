@@ -9,11 +9,13 @@ from torch import Tensor
 
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
-from adafactor_compiled._gpu.layout import Kernels, kernels_of
+from adafactor_compiled._fused import launches
+from adafactor_compiled._fused.launches import Kernels, kernels_of
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._step.calls import is_called, passes_of
+from adafactor_compiled._step.calls import passes_of
 from adafactor_compiled._step.plan import Part, Plan
+from adafactor_compiled._step.routes import route_of
 
 
 class ClassSummary(NamedTuple):
@@ -27,9 +29,9 @@ class ClassSummary(NamedTuple):
         factored: whether row and column averages stand for the second moment.
         momentum: whether there is an `exp_avg`.
         state_bytes: memory of the members' state, of all ranks where it is sharded.
-        path: "compiled", "multi_tensor", "reference" or "sharded".
-        compiled: whether all passes of a compiled class, on its own piece where it is sharded, are compiled in this process.
-        compile_seconds: what compiling those passes took in this process; classes may share passes.
+        path: "fused", "compiled", "multi_tensor", "reference" or "sharded".
+        compiled: whether all that a fused or compiled class runs, on its own piece where it is sharded, is compiled in this process.
+        compile_seconds: what compiling that took in this process; classes share most of it.
     """
 
     shape: tuple[int, ...]
@@ -49,7 +51,7 @@ class Summary(NamedTuple):
 
     Args:
         classes: one line for each class.
-        compile_seconds: of all passes, each counted once.
+        compile_seconds: of all that was compiled, each counted once.
     """
 
     classes: list[ClassSummary]
@@ -77,8 +79,8 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     """Summarize a plan; nothing is compiled."""
     classes, seconds = [], {}
     for part in plan.parts:
-        shape_class, keys = part.shape_class, _passes_of(part, entries) if compiles else []
-        of_part = {key: passes.seconds_of(key) for key in keys}
+        shape_class, keys = part.shape_class, _passes_of(part, entries) if compiles or part.path == "fused" else []
+        of_part = {key: _seconds_of(key) for key in keys}
         known = {key: value for key, value in of_part.items() if value is not None}
         seconds.update(known)
         classes.append(
@@ -90,7 +92,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
                 factored=shape_class.factored,
                 momentum=shape_class.momentum is not None,
                 state_bytes=_bytes(value for i in part.positions for value in entries[i].state.values()),
-                path=_path(part) if compiles or part.path != "compiled" else "multi_tensor",
+                path=_path(part, compiles),
                 compiled=bool(of_part) and len(known) == len(of_part),
                 compile_seconds=sum(known.values()),
             )
@@ -102,15 +104,21 @@ def _passes_of(part: Part, entries: list[Entry]) -> list[Pass | Kernels]:
     of = part.shape_class
     if part.path == "sharded":
         return [*passes_of_shards(entries[i] for i in part.positions)]
-    if part.path != "compiled":
-        return []
-    kernels = kernels_of(of)
-    return [kernels] if kernels is not None else [*passes_of(of)] if is_called(of) else []
+    kernels = kernels_of(of) if part.path == "fused" else None
+    if kernels is not None:
+        return [kernels]
+    return [*passes_of(of)] if part.path == "compiled" and route_of(of) is not None else []
 
 
-def _path(part: Part) -> str:
-    of = part.shape_class
-    return "multi_tensor" if part.path == "compiled" and not (is_called(of) or kernels_of(of)) else part.path
+def _seconds_of(key: Pass | Kernels) -> float | None:
+    return passes.seconds_of(key) if isinstance(key, Pass) else launches.seconds_of(key)
+
+
+def _path(part: Part, compiles: bool) -> str:
+    of, path = part.shape_class, part.path
+    if (path == "fused" and kernels_of(of) is None) or (path == "compiled" and not (compiles and route_of(of))):
+        return "multi_tensor" if of.plain else "reference"
+    return path
 
 
 def _bytes(values: Iterable[object]) -> int:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._step.run import Record
+from adafactor_compiled._step.record import Record
 from adafactor_compiled._update.numbers import Numbers, step_size
 
 
@@ -52,7 +52,9 @@ def telemetry_of(groups: list[Group], records: Iterable[Record]) -> list[GroupTe
 
 def _means(lines: Sequence[Sequence[Any]], device: torch.device) -> Tensor:
     *fields, flags = zip(*lines, strict=True)
-    tables, rms, update_rms = (torch.stack([x.detach().to(device, torch.float32) for x in field]) for field in fields)
+    tables, rms, update_rms = (
+        torch.stack([torch.as_tensor(x, dtype=torch.float32, device=device).detach() for x in field]) for field in fields
+    )
     numbers = Numbers.of(tables)
     clipped = (update_rms > numbers.clip_threshold).to(torch.float32)
     skipped = torch.stack([rms.new_zeros(()) if x is None else x.to(device, torch.float32) for x in flags])

@@ -23,7 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
-from adafactor_compiled._gpu import layout, steps
+from adafactor_compiled._fused.gpu import layout, steps
 
 OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
 KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", "finish", "share"]

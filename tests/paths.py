@@ -8,4 +8,5 @@ PATHS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "multi-tensor": {"compile": False},
     "compiled": {"compile": True},
+    "fused": {"fused": True},
 }

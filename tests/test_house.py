@@ -11,7 +11,7 @@ import pytest
 import adafactor_compiled
 
 ROOT = Path(adafactor_compiled.__file__).parent
-FLOORS = ["", "_step", "_sharded", "_compile", "_gpu", "_update", "_state"]  # from the top, where users come in
+FLOORS = ["", "_step", "_sharded", "_compile", "_fused", "_update", "_state"]  # from the top, where users come in
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path in sorted(ROOT.rglob("*.py"))}
 
 # Every private part of torch, by the file that may use it. Each has another way beside it, or is part of a public subclass.

@@ -24,7 +24,7 @@ ONE, MANY, LONG = 1, 2, 3  # what a graph depends on of a size, see `magnitude`
 LONG_SUM = 4096  # elements, at most, of a sum that is not long
 ANY, NARROW = "any", "narrow"  # what a graph depends on of the columns, see `Pass`
 FEW = (3, 4, 5, 6, 9, 10, 11, 13)  # columns that do not fill two vectors
-OF_KERNELS = {kernels.kernel_statistics, kernels.apply_kernels}  # their first two sizes are constants
+OF_KERNELS = {kernels.kernel_statistics, kernels.apply_kernels, kernels.step_kernels}  # their first two sizes are constants
 
 
 class Typical(NamedTuple):
@@ -140,6 +140,13 @@ MEMBERS: dict[Any, tuple[Typical, str]] = {
 }
 
 
+def _step_kernels(make: Make) -> tuple[Any, ...]:
+    (rows, columns), (n,) = make.key.sizes[:2], make.sizes(Typical((4000,), (0,)))
+    (p, g), exp_avg = make.p_and_g(n, rows, columns), make.exp_avg(n, rows, columns)
+    lists: list[list[Tensor]] = [[p], [g], [make.of(n, rows)], [make.of(n, columns)], [], [] if exp_avg is None else [exp_avg], []]
+    return (Members(*lists, make.table(1), make.draws(1), is_cautious(make.key.momentum)),)
+
+
 def _lead(shape: tuple[int, ...]) -> tuple[int, ...]:
     return shape[: len(shape) == len(BLOCKS.first)]
 
@@ -196,6 +203,7 @@ ARGUMENTS: dict[Any, Callable[[Make], tuple[Any, ...]]] = {
     pieces.plain_sums: _plain_sums,
     pieces.weighted_rows: _weighted_rows,
     kernels.kernel_statistics: _kernel_statistics,
+    kernels.step_kernels: _step_kernels,
     kernels.apply_kernels: _apply_kernels,
     vectors.vector_sums: _vector_sums,
     vectors.apply_vector: _apply_vector,

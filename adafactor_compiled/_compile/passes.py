@@ -16,8 +16,6 @@ from torch import Tensor
 from adafactor_compiled._compile.examples import ANY, NARROW, OF_KERNELS, Pass, example_of, magnitude
 from adafactor_compiled._compile.options import OVER_ROWS, SUMS_ALONE, members_of_a_call, options_of
 from adafactor_compiled._compile.progress import progress
-from adafactor_compiled._gpu.launches import try_out
-from adafactor_compiled._gpu.layout import Kernels
 from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._update import matrices
 
@@ -67,16 +65,16 @@ def _own_code(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 _numbers = itertools.count()
-_ready: dict[tuple[Pass | Kernels, int], float] = {}  # a pass and an environment: the seconds that it took
+_ready: dict[tuple[Pass, int], float] = {}  # a pass and an environment: the seconds that it took
 _making = threading.RLock()
 
 
-def seconds_of(key: Pass | Kernels) -> float | None:
+def seconds_of(key: Pass) -> float | None:
     """What compiling a pass took in this process; None where it is not compiled."""
     return next((seconds for (of, _), seconds in _ready.items() if of == key), None)
 
 
-def make_ready(keys: Iterable[Pass | Kernels], where: int, show_progress: bool | None) -> None:
+def make_ready(keys: Iterable[Pass], where: int, show_progress: bool | None) -> None:
     """Compile the passes that are not compiled yet in this environment, by calling each with an example.
 
     Args:
@@ -88,10 +86,7 @@ def make_ready(keys: Iterable[Pass | Kernels], where: int, show_progress: bool |
         missing = [key for key in dict.fromkeys(keys) if (key, where) not in _ready]
         for key in progress(missing, "compiling Adafactor", show_progress):
             start = time.perf_counter()
-            if isinstance(key, Kernels):
-                try_out(key)
-            else:
-                compiled(key)(*example_of(key))
+            compiled(key)(*example_of(key))
             _ready[key, where] = time.perf_counter() - start
 
 

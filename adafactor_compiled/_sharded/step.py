@@ -136,7 +136,7 @@ def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
 
 def compiles(entry: Entry) -> bool:
     """Whether the passes over a piece are to be compiled; what counts the signs that agree is not."""
-    return path_of(entry.group) == "compiled" and not is_cautious(momentum_of(entry.param.dtype, entry.group))
+    return path_of(entry.group) in ("fused", "compiled") and not is_cautious(momentum_of(entry.param.dtype, entry.group))
 
 
 def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:

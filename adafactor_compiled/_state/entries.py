@@ -80,9 +80,12 @@ def path_of(group: Group, param: Tensor | None = None) -> str:
     """How a group asks to be stepped."""
     if isinstance(param, DTensor):
         return "sharded"
-    if group["foreach"] not in (None, True):
+    foreach, compile, fused = group["foreach"], group["compile"], group["fused"]
+    if foreach is False:
         return "reference"
-    return "compiled" if group["compile"] in (None, True) else "multi_tensor"
+    if fused or (fused is None and foreach is None and compile is None):
+        return "fused"
+    return "multi_tensor" if compile is False else "compiled"
 
 
 def count_step(entries: list[Entry]) -> None:

@@ -15,7 +15,7 @@ Group = dict[str, Any]
 Test = Callable[[object], bool]
 
 # How a step is run, not what it computes: these belong to the optimizer at hand, never to a checkpoint.
-EXECUTION = ("foreach", "compile", "capturable")
+EXECUTION = ("foreach", "compile", "fused", "capturable")
 # What the state looks like, and what transformers' looks like: a checkpoint must be made with what comes to the same.
 LAYOUT: Mapping[str, Any] = {"min_dim_size_to_factor": 0, "factor_dims": "last"}
 
@@ -79,6 +79,7 @@ OPTIONS: Mapping[str, tuple[Test, str]] = {
     "warmup_init": (_is_bool, "a bool"),
     "foreach": (_is_bool_or_none, "None or a bool"),
     "compile": (_is_bool_or_none, "None or a bool"),
+    "fused": (_is_bool_or_none, "None or a bool"),
     "maximize": (_is_bool, "a bool"),
     "capturable": (_is_bool, "a bool"),
     "stochastic_rounding": (_is_bool, "a bool"),
@@ -129,10 +130,23 @@ def check_options(group: Mapping[str, Any], where: str = "") -> None:
             "`lr` should be a number or a tensor when `relative_step=False` but is: None; "
             f"pass `lr`, or let the optimizer choose it with `relative_step=True`{where}"
         )
+    _check_path(group, where)
+
+
+def _check_path(group: Mapping[str, Any], where: str) -> None:
+    """Raise for flags that ask for two paths at once."""
     if group["foreach"] is False and group["compile"] is True:
         raise ValueError(
             f"`compile=True` compiles the multi-tensor path and cannot go with `foreach=False`; drop one of the two{where}"
         )
+    if not group["fused"]:
+        return
+    for name in ("foreach", "compile"):
+        if group[name] is True:
+            raise RuntimeError(f"`fused` and `{name}` cannot be `True` together{where}")  # in torch's words, and as it does
+        if group[name] is False:
+            path = "the reference path" if name == "foreach" else "nothing to be compiled"
+            raise RuntimeError(f"`fused=True` asks for kernels and `{name}=False` for {path}; drop one of the two{where}")
 
 
 def check_manual_lr(lr: object, relative_step: object) -> None:

@@ -12,7 +12,6 @@ from torch import Tensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass, example_of
 from adafactor_compiled._compile.passes import pass_of
-from adafactor_compiled._gpu.layout import kernels_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import cached, group_by_key
 from adafactor_compiled._state.moments import SECOND_MOMENTS, is_cautious
@@ -51,13 +50,6 @@ def _split(positions: list[int], k: int) -> Iterator[list[int]]:
         yield positions[start : start + k]
 
 
-def is_called(of: ShapeClass) -> bool:
-    """Whether a compiled call steps it: on a CPU, and wherever an outer graph is traced."""
-    if torch.compiler.is_compiling():
-        return route_of(of) is not None
-    return of.device.type == "cpu" and kernels_of(of) is None and route_of(of) is not None
-
-
 @cached
 def passes_of(of: ShapeClass) -> tuple[Pass, ...]:
     dtypes, keys = (of.dtype, of.grad_dtype), []
@@ -76,7 +68,7 @@ class Tables:
     """The numbers of the entries of a step, stacked for its calls and launches; many share them."""
 
     def __init__(self, tables: list[Tensor], draws: dict[int, Tensor]) -> None:
-        self.tables, self._draws = tables, draws
+        self.tables, self.draws_of_each = tables, draws
         self._stacked: dict[tuple[int, ...], Tensor] = {}
 
     def of(self, positions: Sequence[int], k: int) -> Tensor:
@@ -96,7 +88,7 @@ class Tables:
 
     def draws(self, positions: Sequence[int], k: int, transposed: bool = False) -> Tensor:
         """[k, DRAWS], likewise; of the transposes, where they are stepped instead."""
-        rows = [self._draws[i] for i in positions]
+        rows = [self.draws_of_each[i] for i in positions]
         draws = torch.stack(rows + rows[-1:] * (k - len(rows)))
         return draws[:, SWAPPED] if transposed else draws
 

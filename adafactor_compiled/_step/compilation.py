@@ -8,17 +8,55 @@ from collections.abc import Sequence
 import torch
 
 from adafactor_compiled._compile import passes
+from adafactor_compiled._compile.progress import progress
 from adafactor_compiled._compile.toolchain import cause_of, forbid_in_children, reason_not_to_compile
+from adafactor_compiled._fused.cpu.build import Unavailable
+from adafactor_compiled._fused.launches import is_ready, make_ready
+from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._step.plan import Plan
+from adafactor_compiled._step.plan import Plan, plan_of
 
 
 class Compilation:
-    """Of one optimizer; `failed`: whether it was tried and could not be done."""
+    """Of one optimizer.
 
-    def __init__(self, failed: bool) -> None:
-        self.failed = failed
+    Args:
+        failed: whether torch.compile was tried and could not be done.
+        fused: whether there are fused kernels, as far as is known.
+    """
+
+    def __init__(self, failed: bool, fused: bool) -> None:
+        self.failed, self.fused = failed, fused
         self._ready: list[tuple[Plan, int]] = []  # what is known to have all its passes, and in which environment
+
+    def make_ready(self, entries: list[Entry], groups: Sequence[Group], show_progress: bool | None) -> None:
+        """Compile all that steps of these entries need."""
+        plan = plan_of(entries, None, self.fused)
+        if not self.has_kernels(plan, groups, show_progress):
+            plan = plan_of(entries, None, False)
+        self.compiles(plan, groups, show_progress)
+
+    def has_kernels(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
+        """Whether all fused kernels of a plan are there; what they lack is compiled.
+
+        Raises:
+            RuntimeError: a group has `fused=True`, and they cannot be compiled.
+        """
+        missing = [kernels for kernels in dict.fromkeys(plan.kernels) if not is_ready(kernels)]
+        try:
+            for kernels in progress(missing, "compiling Adafactor", show_progress):
+                make_ready(kernels)
+        except Exception as error:  # whatever it is that keeps them from being compiled, there is another way to step
+            cause, remedy = (error.cause, error.remedy) if isinstance(error, Unavailable) else cause_of(error)
+            if any(group["fused"] for group in groups):
+                raise RuntimeError(f"`fused=True` needs kernels to be compiled but {cause}; {remedy}") from error
+            self.fused = False
+            warnings.warn(
+                f"Adafactor steps without its fused kernels, since {cause}; {remedy}, or pass `compile=False`, which takes the "
+                "multi-tensor path without this warning",
+                stacklevel=7,  # past torch's wrappers of `step`
+            )
+        return self.fused
 
     def compiles(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
         """Whether the calls of a plan run compiled, as passes or as part of an outer graph.
@@ -48,6 +86,8 @@ class Compilation:
         if any(group["compile"] for group in groups):
             raise RuntimeError(f"`compile=True` needs torch.compile to work but {cause}; {remedy}") from error
         self.failed = True
+        if not self.fused and not any(group["fused"] is False or group["foreach"] for group in groups):
+            return False  # a warning of the same has just been given
         warnings.warn(
             f"Adafactor steps without torch.compile, since {cause}; {remedy}, or pass `compile=False`, which takes the same "
             "multi-tensor path without this warning",

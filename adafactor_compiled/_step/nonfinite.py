@@ -1,11 +1,13 @@
 """`nonfinite="skip"`: a parameter whose gradient has a NaN or inf keeps its value and its state, step count included.
 
-The decision stays on the device. The step runs as always, and what it did to such a parameter is undone; that costs one copy of
-the parameters and the state of the groups with this option, and the same work whatever the gradients are.
+The fused kernels of a CPU look before they write. Elsewhere the decision stays on the device: the step runs as always, and what
+it did to such a parameter is undone; that costs one copy of the parameters and the state of the groups with this option, and the
+same work whatever the gradients are.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import NamedTuple
 
 import torch
@@ -24,10 +26,12 @@ class Kept(NamedTuple):
     before: list[Tensor]
 
 
-def kept_of(entries: list[Entry], update_rms: list[Tensor]) -> list[Kept | None]:
-    """Copies for the entries whose group skips; None for the others."""
-    watched = zip(entries, update_rms, strict=True)
-    return [_kept(entry, rms) if entry.group["nonfinite"] == "skip" else None for entry, rms in watched]
+def kept_of(entries: list[Entry], update_rms: list[Tensor], by_themselves: Collection[int]) -> list[Kept | None]:
+    """Copies for the entries whose group skips; None for the others, and for those whose kernels skip by themselves."""
+    return [
+        _kept(entry, rms) if entry.group["nonfinite"] == "skip" and i not in by_themselves else None
+        for i, (entry, rms) in enumerate(zip(entries, update_rms, strict=True))
+    ]
 
 
 def _kept(entry: Entry, update_rms: Tensor) -> Kept:

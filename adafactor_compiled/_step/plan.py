@@ -1,7 +1,8 @@
-"""What one step does, as data: the parameters that take part, checked, and the calls that step them."""
+"""What one step does, as data: the parameters that take part, checked, and what steps them."""
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
@@ -10,8 +11,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.examples import Pass
-from adafactor_compiled._gpu.launches import Launch, launches_of
-from adafactor_compiled._gpu.layout import Kernels, kernels_of
+from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of
+from adafactor_compiled._fused.members import Member, member_of
+from adafactor_compiled._fused.table import Table
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
@@ -20,7 +22,7 @@ from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._state.views import is_moved, with_dims_last
-from adafactor_compiled._step.calls import Call, calls_inline, calls_of, is_called
+from adafactor_compiled._step.calls import Call, calls_inline, calls_of
 from adafactor_compiled._step.routes import route_of
 from adafactor_compiled._update import padded
 from adafactor_compiled._update.chunks import SHORT
@@ -31,7 +33,7 @@ STRIDED = torch.strided
 class Part(NamedTuple):
     """Entries that are stepped without compiled calls, or apart from the others, and how."""
 
-    path: str  # "compiled", "multi_tensor", "reference" or "sharded"
+    path: str  # "fused", "compiled", "multi_tensor", "reference" or "sharded"
     shape_class: ShapeClass  # of its first member
     positions: list[int]
     rooms: list[padded.Room]  # of short vectors on the multi-tensor path, made in the first of their steps
@@ -43,18 +45,30 @@ class Plan(NamedTuple):
     eager: list[Part]  # what is stepped eagerly, where the others are compiled
     all_eager: list[Part]  # what is stepped eagerly, where nothing is compiled
     calls: list[Call]
-    launches: list[Launch]  # of what is on a GPU
+    fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
+    table: Table | None
     sharded: list[int]  # the positions of DTensors
     moved: list[int]  # of what is factored over other dimensions than its last two
-    passes: list[Pass | Kernels]  # what calls and launches run, and the sharded step on this rank
+    passes: list[Pass]  # what calls run, and the sharded step on this rank
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
+    @property
+    def kernels(self) -> list[Kernels]:
+        """What launches run."""
+        return [] if self.table is None else [launch.kernels for launch in self.table.launches]
 
-def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
+
+def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: Collection[int] = ()) -> Plan:
     """The plan of a step: the last one, where nothing has changed that it depends on.
 
     All that compiled code relies on is looked at in each step: dtypes, devices, shapes and strides of parameters and gradients,
     the options, and whether the tensors of the states are those that were checked when the plan was made.
+
+    Args:
+        entries: of the step.
+        last: the plan of the last step.
+        fused: whether there are fused kernels; where not, what asks for them is compiled.
+        apart: entries that share memory, and step one after the other.
 
     Raises:
         RuntimeError: a gradient or a state does not fit its parameter; nothing has changed.
@@ -69,7 +83,7 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
         complete(entry.state, entry.param, entry.group)
     moved = [i for i, entry in enumerate(entries) if is_moved(entry)]
     seen = with_dims_last(entries, moved)
-    classes = [(path_of(x.group, x.param), _class_of(x)) for x in seen]
+    classes = [(_path_of(x, fused, i in apart), _class_of(x)) for i, x in enumerate(seen)]
     for i in moved:
         path, of = classes[i]
         factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
@@ -77,27 +91,38 @@ def plan_of(entries: list[Entry], last: Plan | None) -> Plan:
             classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
     parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
-    compiled = [(part.shape_class, part.positions) for part in parts if part.path == "compiled"]
-    routed = [(of, positions) for of, positions in compiled if is_called(of)]
-    on_gpu = [] if inline else [(of, positions) for of, positions in compiled if kernels_of(of) is not None]
+    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
     calls = (calls_inline if inline else calls_of)(routed)
-    launches = launches_of(on_gpu, {i for _, at in on_gpu for i in at if _is_unaligned(entries[i])})
-    launched = {i for _, positions in on_gpu for i in positions}
+    update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
+    launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
+    members = [] if inline else [member_of(entries[i], classes[i][1], update_rms[i]) for i in launched]
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
-    in_calls = launched | {i for _, positions in routed for i in positions}
+    apart_from_eager = {*launched, *(i for _, positions in routed for i in positions)}
     sharded = [i for i, entry in enumerate(entries) if isinstance(entry.param, DTensor)]
     return Plan(
         [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
         parts,
-        _eager_parts(classes, [i for i in unsharded if i not in in_calls]),
-        _eager_parts(classes, unsharded),
+        _eager_parts(classes, [i for i in unsharded if i not in apart_from_eager]),
+        _eager_parts(classes, [i for i in unsharded if i not in launched]),
         calls,
-        launches,
+        launched,
+        _table_of(members, {j for j, i in enumerate(launched) if _is_unaligned(entries[i])}),
         sharded,
         moved,
-        [] if inline else _passes_of(calls, launches, [seen[i] for i in sharded]),
-        [torch.zeros_like(entry.state["RMS"]) for entry in entries],
+        [] if inline else _passes_of(calls, [seen[i] for i in sharded]),
+        update_rms,
     )
+
+
+def _table_of(members: list[Member], unaligned: set[int]) -> Table | None:
+    return Table(members, launches_of([x.planned for x in members], unaligned)) if members else None
+
+
+def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
+    path = path_of(entry.group, entry.param)
+    if path != "fused":
+        return path
+    return "reference" if apart else "fused" if fused else "compiled"
 
 
 def _is_unaligned(entry: Entry) -> bool:
@@ -105,9 +130,8 @@ def _is_unaligned(entry: Entry) -> bool:
     return (entry.param.data_ptr() | entry.grad.data_ptr()) % 16 > 0
 
 
-def _passes_of(calls: list[Call], launches: list[Launch], sharded: list[Entry]) -> list[Pass | Kernels]:
-    of_calls = [key for call in calls for key in call.keys]
-    return [*of_calls, *(launch.kernels for launch in launches), *passes_of_shards(sharded)]
+def _passes_of(calls: list[Call], sharded: list[Entry]) -> list[Pass]:
+    return [*(key for call in calls for key in call.keys), *passes_of_shards(sharded)]
 
 
 class Described(NamedTuple):
@@ -132,15 +156,15 @@ def _described(entry: Entry, launched: bool) -> Described:
     _, p, g, state, group = entry
     of_param, of_grad = (p.dtype, p.device, p.shape, p.stride()), (type(g), g.dtype, g.stride())
     of_state = [(x, _layout_of(x) if launched and isinstance(x, Tensor) else None) for x in state.values()]
-    return Described(id(group), _options_of(group), *of_param, *of_grad, of_state)
+    return Described(id(group), options_of(group), *of_param, *of_grad, of_state)
 
 
 def _layout_of(x: Tensor) -> Layout:
     return x.dtype, x.device, x.shape, x.stride()
 
 
-def _options_of(group: Group) -> tuple[Any, ...]:
-    names = ("foreach", "compile", "stochastic_rounding", "capturable", "momentum_dtype", "cautious", *LAYOUT)
+def options_of(group: Group) -> tuple[Any, ...]:
+    names = ("foreach", "compile", "fused", "stochastic_rounding", "capturable", "momentum_dtype", "cautious", *LAYOUT)
     return group["beta1"] is None, *(group[name] for name in names)
 
 
@@ -154,7 +178,7 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
     options: dict[int, tuple[Any, ...]] = {}
     for (_, p, g, state, group), was in zip(entries, plan.made_for, strict=True):
         if id(group) not in options:
-            options[id(group)] = _options_of(group)
+            options[id(group)] = options_of(group)
         if (
             p.dtype is not was.dtype
             or g.dtype is not was.grad_dtype
@@ -202,7 +226,7 @@ def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) ->
 
 
 def _eager_key(path: str, of: ShapeClass) -> tuple[str, ShapeClass]:
-    if path == "compiled":
+    if path in ("fused", "compiled"):
         path = "multi_tensor"
     if not of.plain:
         path = "reference"

@@ -1,8 +1,7 @@
 """How the members of a shape class are passed to compiled functions: by which one, and as which views.
 
 On a CPU a matrix that fits in cache is stepped in blocks of rows, in one call; a larger one in chunks; the kernels of
-convolutions have functions of their own. What is elsewhere these step as part of an outer graph alone, whose compiler is the
-user's: there a matrix is one block.
+convolutions have functions of their own. Elsewhere a matrix is one block.
 """
 
 from __future__ import annotations
@@ -80,8 +79,9 @@ def route_of(of: ShapeClass) -> Route | None:
 
 def _vector(of: ShapeClass) -> Route:
     if of.device.type != "cpu":
-        return Route(vectors.step_vectors, (), (1, of.numel))
-    shape = chunks.vector_shape(of.numel)
+        shape: Shape = (1, of.numel)
+    else:
+        shape = chunks.vector_shape(of.numel)
     return Route(vectors.step_vectors, ((vectors.step_vectors, shape),), shape)
 
 
@@ -92,7 +92,8 @@ def _kernels(shape: Shape, device_type: str) -> Route:
         return Route(vectors.step_pointwise, ((vectors.step_pointwise, as_vector),), as_vector, as_vector, as_vector)
     if device_type == "cpu":
         return Route(step_kernels, tuple(chunks.passes_of_kernels(shape)), shape, shape[:-1], shape[:-2] + shape[-1:])
-    return Route(kernels.step_kernels, (), (n, rows, columns), (n, rows), (n, columns))
+    as_slices = n, rows, columns
+    return Route(kernels.step_kernels, ((kernels.step_kernels, as_slices),), as_slices, (n, rows), (n, columns))
 
 
 def _matrix(shape: Shape, device_type: str) -> Route:

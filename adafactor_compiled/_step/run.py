@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled._gpu.launches import prepare, run_launch
+from adafactor_compiled._fused.operator import step_members
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
 from adafactor_compiled._state.entries import Entry, count_step
@@ -18,31 +17,31 @@ from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
+from adafactor_compiled._step.fused import run_table, skips_by_itself
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
-from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_launch, range_of_part
+from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part
+from adafactor_compiled._step.record import Record
 from adafactor_compiled._update import eager, foreach, padded, reference
 from adafactor_compiled._update.numbers import Numbers, plain_numbers, tables_of
 from adafactor_compiled._update.rounding import draws_of_entries
 
 
-class Record(NamedTuple):
-    """What a step leaves for telemetry, each field a list over the parameters that took part."""
+def run(plan: Plan, entries: list[Entry], addresses: list[int], exchanges: Sequence[Exchange], compiles: bool) -> Record:
+    """Step all entries in place.
 
-    params: list[Tensor]
-    tables: list[Tensor]  # their numbers
-    rms: list[Tensor]  # of the parameter before the step
-    update_rms: list[Tensor]
-    skipped: list[Tensor | None]  # whether for a gradient that was not finite; None where it could not be
-
-
-def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compiles: bool) -> Record:
-    """Step all entries in place; `compiles`: whether what is to be compiled runs compiled, by itself or as part of a graph."""
-    kept, all_entries = kept_of(entries, plan.update_rms), entries
+    Args:
+        plan: the plan of the step.
+        entries: of the step.
+        addresses: of the members of its table.
+        exchanges: of sharded parameters.
+        compiles: whether what is to be compiled runs compiled, by itself or as part of a graph.
+    """
+    by_themselves = {i for i in plan.fused if skips_by_itself(entries[i].param.device)}
+    kept, all_entries = kept_of(entries, plan.update_rms, by_themselves), entries
     count_step(entries)
     entries = with_dims_last(entries, plan.moved)
     tables = Tables(tables_of(entries), _draws_of(entries))
-    ready = prepare(plan.launches, entries, plan.update_rms, tables.tables) if compiles else []
     finite = _run_sharded(plan, entries, tables.tables, exchanges, compiles) if exchanges else {}
     named = profiled()
     measured: list[tuple[Sequence[int], Tensor]] = []
@@ -51,18 +50,26 @@ def run(plan: Plan, entries: list[Entry], exchanges: Sequence[Exchange], compile
     for call, members in calls:
         with range_of_call(call) if named else UNNAMED:
             measured.append((call.positions, run_call(call, members)))
-    for one in ready:
-        of, positions = one.launch.kernels, one.launch.positions
-        with range_of_launch(one.launch) if named else UNNAMED:
-            draws = tables.draws(positions, len(positions), of.swapped) if of.rounding else None
-            run_launch(one, tables.stack(one.numbers), draws)
+    at_once: set[int] = set()
+    if plan.table is not None:
+        at_once = run_table(plan, addresses, tables.tables, tables.draws_of_each)
+    elif plan.fused:
+        step_members([entries[i] for i in plan.fused], [tables.tables[i] for i in plan.fused], _some(tables, plan.fused))
     for part in plan.eager if compiles else plan.all_eager:
         with range_of_part(part) if named else UNNAMED:
             measured += _run_part(part, plan, entries, tables)
     _keep_measured(measured, plan, entries)
     skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
+    for i in by_themselves:
+        if all_entries[i].group["nonfinite"] == "skip":
+            skipped[i] = torch.tensor(i in at_once, device="cpu")
+            all_entries[i].state["step"] -= i in at_once
     params, rms = [entry.param for entry in all_entries], [entry.state["RMS"] for entry in entries]
     return Record(params, tables.tables, rms, plan.update_rms, skipped)
+
+
+def _some(tables: Tables, positions: Sequence[int]) -> list[Tensor | None]:
+    return [tables.draws_of_each.get(i) for i in positions]
 
 
 def _draws_of(entries: list[Entry]) -> dict[int, Tensor]:

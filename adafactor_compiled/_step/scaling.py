@@ -19,6 +19,8 @@ from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._state.moments import own_tensors
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._step.record import Record
+from adafactor_compiled._update.numbers import tables_of
 
 
 def wanted(groups: Sequence[Group]) -> bool:
@@ -50,6 +52,19 @@ class Scaling(NamedTuple):
             entry._replace(grad=entry.grad.to(compute_dtype(entry.param.dtype)) / scale[entry.param.device])
             for entry in entries
         ]
+
+    def is_on_host(self, entries: list[Entry]) -> bool:
+        """Whether the host can look without waiting: what a step would change is then not copied."""
+        return self.found_inf.device.type == "cpu" and all(entry.param.device.type == "cpu" for entry in entries)
+
+    def has_overflowed(self) -> bool:
+        return bool(self.found_inf > 0)
+
+    def record_of_none(self, entries: list[Entry], update_rms: list[Tensor]) -> Record:
+        """That no parameter was stepped."""
+        ahead = [entry._replace(state={**entry.state, "step": entry.state["step"] + 1}) for entry in entries]
+        params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
+        return Record(params, tables_of(ahead), rms, update_rms, self.skipped(params, [None] * len(entries)))
 
     @contextmanager
     def undone_if_overflowed(self, entries: list[Entry], update_rms: list[Tensor]) -> Iterator[None]:

@@ -16,10 +16,13 @@ from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import forget_replaced
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step import capture, scaling
+from adafactor_compiled._step.again import Again
 from adafactor_compiled._step.compilation import Compilation
 from adafactor_compiled._step.faults import counts_kept_true
+from adafactor_compiled._step.fused import gathered
 from adafactor_compiled._step.plan import Plan, plan_of
-from adafactor_compiled._step.run import Record, run
+from adafactor_compiled._step.record import Record
+from adafactor_compiled._step.run import run
 
 
 class Stepper:
@@ -29,7 +32,10 @@ class Stepper:
         # Of the whole step under None, and of each parameter that is stepped alone.
         self._plans: dict[Tensor | None, Plan] = {}
         self.records: dict[Tensor | None, Record] = {}
-        self.compilation: Compilation = Compilation(failed=last is not None and last.compilation.failed)
+        self.compilation: Compilation = (
+            Compilation(False, True) if last is None else Compilation(last.compilation.failed, last.compilation.fused)
+        )
+        self._again = Again()
         self._exchanges: Sequence[Exchange] = () if last is None else last._exchanges
         self._captured: bool = last is not None and last._captured  # whether a CUDA graph has a step
 
@@ -38,6 +44,15 @@ class Stepper:
         if self._captured:
             self._captured = False
             warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=3)
+
+    def again(self, optimizer: Optimizer) -> bool:
+        """Take the last step again, with other gradients and numbers; False, and nothing has changed, where it is another one."""
+        if torch.compiler.is_compiling() or scaling.Scaling.of(optimizer) is not None:
+            return False
+        record = self._again.step(optimizer)
+        if record is not None:
+            self._plans, self.records = {None: self._plans[None]}, {None: record}
+        return record is not None
 
     def step(self, optimizer: Optimizer, entries: list[Entry], show_progress: bool | None, alone: Tensor | None = None) -> None:
         """Step all entries that have a gradient, or one of them `alone`."""
@@ -48,21 +63,34 @@ class Stepper:
         if of_scaler is not None:
             entries = of_scaler.unscaled(entries)
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
-            run(plan_of(entries, None), entries, exchanges_of(groups, ()), True)
+            run(plan_of(entries, None), entries, [], exchanges_of(groups, ()), True)
             return
         last = self._plans.get(alone)
-        plan = self._plans[alone] = plan_of(entries, last)
+        plan = plan_of(entries, last, self.compilation.fused)
+        if plan is not last and not self.compilation.has_kernels(plan, groups, show_progress):
+            plan = plan_of(entries, None, False)
+        kept, (addresses, shared) = plan, gathered(plan, entries)
+        if shared:  # one after the other, and looked at again in the next step
+            plan = plan_of(entries, None, self.compilation.fused, shared)
+            addresses, _ = gathered(plan, entries)
+        self._plans[alone] = kept
         if plan is not last and alone is None:
             forget_replaced(optimizer.state, groups)
         compiles = self.compilation.compiles(plan, groups, show_progress)
         if alone is None:
             self._exchanges = exchanges_of(groups, self._exchanges)
         exchanges = self._exchanges if alone is None else ()
-        undone = nullcontext() if of_scaler is None else of_scaler.undone_if_overflowed(entries, plan.update_rms)
+        on_host = of_scaler is not None and of_scaler.is_on_host(entries)
+        if of_scaler is not None and on_host and of_scaler.has_overflowed():
+            self.records[alone] = of_scaler.record_of_none(entries, plan.update_rms)
+            return
+        undone = nullcontext() if of_scaler is None or on_host else of_scaler.undone_if_overflowed(entries, plan.update_rms)
         with undone, counts_kept_true(entries):
-            record = run(plan, entries, exchanges, compiles)
+            record = run(plan, entries, addresses, exchanges, compiles)
         if alone is None:  # what was stepped alone before is of the past
-            self._plans, self.records = {None: plan}, {}
+            self._plans, self.records = {None: kept}, {}
+            if not exchanges and of_scaler is None:
+                self._again.learn(plan, entries)
         if of_scaler is not None:
             record = record._replace(skipped=of_scaler.skipped(record.params, record.skipped))
         self.records[alone] = record

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import interpreter
 import pytest
 
-from adafactor_compiled._gpu import launches, layout
+from adafactor_compiled._fused.gpu import launches, layout
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from adafactor_compiled._gpu import launches
+from adafactor_compiled._fused.gpu import launches
 
 
 def why_not() -> str | None:
@@ -65,7 +65,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
     """From now on; gives what is allowed."""
     from triton.runtime.interpreter import InterpreterBuilder
 
-    from adafactor_compiled._gpu import steps
+    from adafactor_compiled._fused.gpu import steps
 
     memory, torch_empty = Memory(), torch.empty
 

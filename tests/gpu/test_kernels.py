@@ -15,8 +15,8 @@ from strategies import Group, Parameter, Problem, problems
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._gpu import launches, layout
-from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS
+from adafactor_compiled._fused.gpu import launches, layout
+from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS
 
 COMMON = settings(max_examples=25, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
 
@@ -264,7 +264,7 @@ def test_autograd_sees_what_a_step_writes(on_gpu: Memory) -> None:
 
 
 def test_an_interrupted_step_says_who_was_stepped(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    from adafactor_compiled._gpu import steps
+    from adafactor_compiled._fused.gpu import steps
 
     params = [torch.randn(shape).requires_grad_() for shape in [(8, 24), (31,)]]
     optimizer = Adafactor(params, compile=True)
@@ -290,7 +290,7 @@ def test_bytes_that_are_said_to_be_moved(
     monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "profiles"))
     import _gpu_step
 
-    from adafactor_compiled._gpu import steps
+    from adafactor_compiled._fused.gpu import steps
 
     launched = []
 

@@ -13,8 +13,8 @@ import torch
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.toolchain import cause_of
-from adafactor_compiled._gpu import launches, layout
-from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
+from adafactor_compiled._fused.gpu import launches, layout
+from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
 from adafactor_compiled._state.layout import contiguous_stride
 from adafactor_compiled._state.shape_class import ShapeClass
 
@@ -118,10 +118,10 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     class Finder:
         @staticmethod
         def find_spec(name: str, *_: Any) -> None:
-            if name == "adafactor_compiled._gpu.steps":
+            if name == "adafactor_compiled._fused.gpu.steps":
                 raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
-    monkeypatch.delitem(sys.modules, "adafactor_compiled._gpu.steps", raising=False)
+    monkeypatch.delitem(sys.modules, "adafactor_compiled._fused.gpu.steps", raising=False)
     monkeypatch.setattr(passes, "_ready", {})
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     for cached in (layout.kernels_of, launches.try_out):

@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adafactor_compiled._gpu import tables as t
+from adafactor_compiled._fused.gpu import tables as t
 from adafactor_compiled._update import momentum, rounding
 
 LEAST_SHARE = tl.constexpr(momentum.LEAST_SHARE)

@@ -9,10 +9,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from adafactor_compiled._gpu import layout
-from adafactor_compiled._gpu.common import finish, share
-from adafactor_compiled._gpu.launches import Ready
-from adafactor_compiled._gpu.layout import (
+from adafactor_compiled._fused.gpu import layout
+from adafactor_compiled._fused.gpu.common import finish, share
+from adafactor_compiled._fused.gpu.launches import Ready
+from adafactor_compiled._fused.gpu.layout import (
     MATRICES,
     SHORT,
     SLICES,
@@ -21,9 +21,9 @@ from adafactor_compiled._gpu.layout import (
     power,
     slices_of_a_block,
 )
-from adafactor_compiled._gpu.matrices import apply_matrix, matrix_columns, matrix_statistics
-from adafactor_compiled._gpu.slices import apply_slices, slice_statistics
-from adafactor_compiled._gpu.vectors import apply_vector, vector_sums
+from adafactor_compiled._fused.gpu.matrices import apply_matrix, matrix_columns, matrix_statistics
+from adafactor_compiled._fused.gpu.slices import apply_slices, slice_statistics
+from adafactor_compiled._fused.gpu.vectors import apply_vector, vector_sums
 from adafactor_compiled._state.layout import HALF, compute_dtype
 from adafactor_compiled._state.moments import is_cautious
 

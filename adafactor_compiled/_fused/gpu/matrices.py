@@ -11,8 +11,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adafactor_compiled._gpu import tables as t
-from adafactor_compiled._gpu.common import (
+from adafactor_compiled._fused.gpu import tables as t
+from adafactor_compiled._fused.gpu.common import (
     agreement_of,
     decay_rates,
     moving_average,

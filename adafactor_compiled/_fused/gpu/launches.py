@@ -7,34 +7,51 @@ kernels touch are read in each step, and go to the GPU where they have changed.
 from __future__ import annotations
 
 import functools
-from collections.abc import Collection, Iterable, Sequence
+from array import array
+from collections.abc import Collection, Sequence
 from contextlib import nullcontext
+from operator import or_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled._gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Kernels, Layout, Tables, kernels_of
-from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Kernels, Layout, Tables, kernels_of
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.numbers import Numbers, to_device
-from adafactor_compiled._update.rounding import DRAWS
+from adafactor_compiled._update.rounding import DRAWS, SWAPPED
 
+ADDRESSES, ROW, COLUMN, READ = 8, 2, 3, 5  # of a member, as in tables.py; of the first five elements are read
 EXAMPLE = 4096  # elements
 LEAST_PARTIAL = 4_194_304  # bytes for the sums of blocks, or a 32nd of the parameters, whatever is more
 
 
-class Launch(NamedTuple):
-    """Members that are stepped together."""
+class Launch:
+    """Members that are stepped together; see `_fused/launches.py`."""
 
-    kernels: Kernels
-    shape_class: ShapeClass  # of the first
-    positions: list[int]  # among the entries of a step
-    tables: Tables  # on the host
-    partial: int  # elements of the sums of blocks
-    sums: int  # elements of the sums that are numbers
-    there: There
+    def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int]) -> None:
+        self.kernels, self.shape_class, self.positions = layout.kernels, members[positions[0]], positions
+        self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # elements of sums of blocks, numbers
+        self.there = There()
+
+    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> None:
+        """Step the members."""
+        of, k = self.kernels, len(self.positions)
+        if of.swapped or of.kind in (VECTORS, SHORT):  # of two copies the columns are read
+            addresses = addresses[:]
+            addresses[ROW::ADDRESSES], addresses[COLUMN::ADDRESSES] = addresses[COLUMN::ADDRESSES], addresses[ROW::ADDRESSES]
+        bits = functools.reduce(or_, (x for i in range(READ) for x in addresses[i::ADDRESSES]))
+        tables, pointers = _there(self, addresses)
+        aligned = of.sixteens and bits % 16 == 0
+        if aligned != of.sixteens:
+            try_out(of._replace(sixteens=False))
+        if not isinstance(numbers, Tensor):
+            rows = torch.tensor(numbers, dtype=compute_dtype(of.dtype), device="cpu")
+            numbers = to_device(rows.view(-1, len(Numbers._fields)), of.device)
+        if draws is not None and of.swapped:
+            draws = draws[:, SWAPPED]
+        _run(Ready(self, tables, pointers, aligned, k), numbers, draws)
 
 
 class There:
@@ -43,7 +60,7 @@ class There:
     def __init__(self) -> None:
         self.stream: int | None = None
         self.tables: Tables | None = None
-        self.addresses: list[int] = []
+        self.addresses: array[int] | None = None
         self.pointers: Tensor | None = None
 
 
@@ -54,27 +71,25 @@ class Ready(NamedTuple):
     tables: Tables
     pointers: Tensor
     aligned: bool  # whether 128 bits can be read at a time
-    written: list[Tensor]
-    numbers: list[Tensor]  # those of the members, each once, in the order of the last column of the pointers
+    count: int
 
 
-def launches_of(classes: Iterable[tuple[ShapeClass, Sequence[int]]], unaligned: Collection[int] = ()) -> list[Launch]:
-    """The launches that step these classes, each of which has kernels; what is `unaligned` is not read 128 bits at a time."""
-    members = [(of, i) for of, positions in classes for i in positions]
+def launches_of(members: Sequence[ShapeClass], unaligned: Collection[int] = ()) -> list[Launch]:
+    """The launches that step these members, each of which has kernels; what is `unaligned` is not read 128 bits at a time."""
     launches: list[Launch] = []
     part: list[int]
-    for kernels, chosen in group_by_key(_kernels_of(of, i in unaligned) for of, i in members).items():
-        chosen.sort(key=lambda j: -members[j][0].numel)  # what takes long begins first
-        largest = max(LEAST_PARTIAL, sum(members[j][0].numel for j in chosen) * kernels.dtype.itemsize // 32)
+    for kernels, chosen in group_by_key(_kernels_of(of, i in unaligned) for i, of in enumerate(members)).items():
+        chosen.sort(key=lambda i: -members[i].numel)  # what takes long begins first
+        largest = max(LEAST_PARTIAL, sum(members[i].numel for i in chosen) * kernels.dtype.itemsize // 32)
         layout, part = Layout(kernels), []
-        for j in chosen:
-            of = members[j][0]
+        for i in chosen:
+            of = members[i]
             if part and (layout.partial + layout.partial_of(of)) * compute_dtype(of.dtype).itemsize > largest:
-                launches.append(_launch(layout, members, part))
+                launches.append(Launch(layout, members, part))
                 layout, part = Layout(kernels), []
             layout.add(of)
-            part.append(j)
-        launches.append(_launch(layout, members, part))
+            part.append(i)
+        launches.append(Launch(layout, members, part))
     return launches
 
 
@@ -84,49 +99,7 @@ def _kernels_of(of: ShapeClass, unaligned: bool) -> Kernels:
     return kernels._replace(sixteens=False) if unaligned else kernels
 
 
-def _launch(layout: Layout, members: list[tuple[ShapeClass, int]], chosen: list[int]) -> Launch:
-    positions = [members[j][1] for j in chosen]
-    return Launch(layout.kernels, members[chosen[0]][0], positions, layout.tables(), layout.partial, layout.sums, There())
-
-
-def prepare(launches: Sequence[Launch], entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> list[Ready]:
-    """Read all addresses, before anything is launched.
-
-    Raises:
-        RuntimeError: a tensor has no memory.
-    """
-    return [_ready(launch, entries, update_rms, tables) for launch in launches]
-
-
-def _ready(launch: Launch, entries: list[Entry], update_rms: list[Tensor], tables: list[Tensor]) -> Ready:
-    of, addresses, bits = launch.shape_class, [], 0
-    written: list[Tensor] = []
-    rows: dict[int, int] = {}  # of the numbers, by their id
-    numbers: list[Tensor] = []
-    for i in launch.positions:
-        position, p, g, state, _ = entries[i]
-        v, w = (state["exp_avg_sq_row"], state["exp_avg_sq_col"]) if of.factored else (state["exp_avg_sq"],) * 2
-        if launch.kernels.swapped or launch.kernels.kind in (VECTORS, SHORT):  # of two copies the columns are read
-            v, w = w, v
-        exp_avg = state["exp_avg"] if of.momentum else v
-        of_member = [x.data_ptr() for x in (p, g, v, w, exp_avg, state["RMS"], update_rms[i])]
-        written += (p, v, w, exp_avg, state["RMS"], update_rms[i])
-        if not all(of_member):
-            raise RuntimeError(f"parameter {position} (shape {tuple(p.shape)}) has state without memory; nothing was stepped")
-        bits |= of_member[0] | of_member[1] | of_member[2] | of_member[3] | of_member[4]
-        addresses += of_member
-        if id(tables[i]) not in rows:
-            rows[id(tables[i])] = len(rows)
-            numbers.append(tables[i])
-        addresses.append(rows[id(tables[i])])
-    on_device, pointers = _there(launch, addresses)
-    aligned = launch.kernels.sixteens and bits % 16 == 0
-    if aligned != launch.kernels.sixteens:
-        try_out(launch.kernels._replace(sixteens=False))
-    return Ready(launch, on_device, pointers, aligned, written, numbers)
-
-
-def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
+def _there(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
     """The tables of a launch on its device."""
     there, device = launch.there, launch.kernels.device
     if _is_capturing(device):
@@ -140,7 +113,7 @@ def _there(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
     return there.tables, there.pointers
 
 
-def _of_capture(launch: Launch, addresses: list[int]) -> tuple[Tables, Tensor]:
+def _of_capture(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
     """While a CUDA graph is captured: what is there already, or copies that the graph will make whenever it is replayed. They
     are not made yet, so that no other step may use them; and what a graph reads, on either side, stays as long as the process.
     """
@@ -165,24 +138,16 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _host_table(addresses: list[int]) -> Tensor:
-    return torch.tensor(addresses, dtype=torch.int64, device="cpu")
+def _host_table(addresses: array[int]) -> Tensor:
+    return torch.frombuffer(addresses, dtype=torch.int64).clone()  # no default device, and no memory of Python's
 
 
-def run_launch(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    """Step the k members of a launch.
-
-    Args:
-        ready: the launch.
-        numbers: `ready.numbers`, stacked.
-        draws: for stochastic rounding, of shape [k, DRAWS].
-    """
+def _run(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
     of = ready.launch.kernels
-    from adafactor_compiled._gpu.steps import STEPS  # it imports Triton, which builds for CPUs lack
+    from adafactor_compiled._fused.gpu.steps import STEPS  # it imports Triton, which builds for CPUs lack
 
     with torch.cuda.device(of.device) if of.device.type == "cuda" else nullcontext():
         STEPS[of.kind](ready, numbers, draws)
-    torch.autograd.graph.increment_version(ready.written)  # as operations of torch do by themselves
 
 
 @functools.cache
@@ -192,14 +157,14 @@ def try_out(of: Kernels) -> None:
     shape_class = ShapeClass(shape, stride, stride, of.dtype, of.grad_dtype, of.device, True, of.momentum, of.rounding)
     layout = Layout(of)
     layout.add(shape_class)
-    example = _launch(layout, [(shape_class, 0)], [0])
+    example = Launch(layout, [shape_class], [0])
     state = compute_dtype(of.dtype)
     dtypes = of.dtype, of.grad_dtype, state, state, of.momentum.dtype if of.momentum else state, state, state
     tensors = [_zeros(dtype, of.device) for dtype in dtypes]
-    tables, pointers = _there(example, [*(x.data_ptr() for x in tensors), 0])
+    tables, pointers = _there(example, array("q", [*(x.data_ptr() for x in tensors), 0]))
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    run_launch(Ready(example, tables, pointers, of.sixteens, [], []), numbers, draws)
+    _run(Ready(example, tables, pointers, of.sixteens, 1), numbers, draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:

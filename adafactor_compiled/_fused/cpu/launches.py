@@ -1,0 +1,125 @@
+"""A step on a CPU: one launch for all members of the same types, whatever their shapes."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from array import array
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._fused.cpu import build
+from adafactor_compiled._fused.cpu.layout import Cut, Kernels
+from adafactor_compiled._state.layout import compute_dtype, group_by_key
+from adafactor_compiled._state.moments import is_cautious
+from adafactor_compiled._state.shape_class import ShapeClass
+from adafactor_compiled._update.momentum import LEAST_SHARE
+
+SOURCE = Path(__file__).with_name("step.cpp")
+TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
+LINE = 64  # bytes
+
+
+class Launch:
+    """Members that are stepped together; `positions` are theirs among the entries of a step, in the order of their addresses."""
+
+    def __init__(self, kernels: Kernels, shape_class: ShapeClass, positions: list[int], cuts: list[Cut]) -> None:
+        self.kernels, self.shape_class, self.positions = kernels, shape_class, positions
+        first = [(cut.parts == 1, -cut.slices * cut.rows * cut.columns, i) for i, cut in enumerate(cuts)]
+        order = [i for *_, i in sorted(first)]  # large ones, then what takes long
+        self._large = sum(cut.parts > 1 for cut in cuts)
+        self._members = array("q", [x for i in order for x in (i, *cuts[i])])
+        self._sizes: tuple[int, int] | None = None  # bytes of scratch and of a room, as the library has it
+
+    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int]:
+        """Step the members; see `_fused/launches.py`."""
+        if isinstance(numbers, Tensor):
+            numbers = array("d", numbers.flatten().tolist())
+        numbers = array("d", [x for i, x in enumerate(numbers) if i % 14 != 13])
+        library, count = library_of(self.kernels), len(self.positions)
+        if self._sizes is None:
+            self._sizes = library.sizes(_address(self._members), count, self._large)
+        scratch_each, room_each = self._sizes
+        threads = torch.get_num_threads() if library.threads and not _forked else 1
+        scratch = torch.empty(2 * scratch_each + threads * room_each + LINE, dtype=torch.uint8, device="cpu")
+        skipped = array("q", bytes(8 * count))
+        library.step(
+            _address(addresses),
+            _address(self._members),
+            _address(numbers),
+            None if draws is None else draws.data_ptr(),
+            _address(skipped),
+            count,
+            self._large,
+            -(-scratch.data_ptr() // LINE) * LINE,
+            scratch_each,
+            room_each,
+            threads,
+        )
+        return skipped
+
+
+def _address(x: array[Any]) -> int:
+    return x.buffer_info()[0]
+
+
+class Library(NamedTuple):
+    """What is compiled for members of some types."""
+
+    step: Any
+    sizes_of: Any
+    threads: bool  # whether it may use more than one
+
+    def sizes(self, members: int, count: int, large: int) -> tuple[int, int]:
+        scratch_each, room_each = ctypes.c_int64(), ctypes.c_int64()
+        self.sizes_of(members, count, large, ctypes.byref(scratch_each), ctypes.byref(room_each))
+        return scratch_each.value, room_each.value
+
+
+@functools.cache
+def library_of(of: Kernels) -> Library:
+    """Compiled if it is not there yet.
+
+    Raises:
+        Unavailable: it cannot be.
+    """
+    defines = [f"PARAM={TYPES[of.dtype]}", f"GRAD={TYPES[of.grad_dtype]}", f"ROUNDING={of.rounding:d}", f"LEAST={LEAST_SHARE}"]
+    if of.momentum is not None:
+        defines.append(f"MOMENTUM={TYPES[of.momentum.dtype]}")
+    library = build.load(SOURCE, (*defines, f"CAUTIOUS={is_cautious(of.momentum):d}"))
+    _watch_forks()
+    step, sizes = library.adafactor_step, library.adafactor_sizes
+    pointer, number = ctypes.c_void_p, ctypes.c_int64
+    step.argtypes = [pointer, pointer, pointer, pointer, pointer, number, number, pointer, number, number, ctypes.c_int]
+    sizes.argtypes = [pointer, number, number, pointer, pointer]
+    step.restype = sizes.restype = None
+    return Library(step, sizes, build.threads_of(library))
+
+
+_forked = False
+
+
+@functools.cache
+def _watch_forks() -> None:
+    """A forked child has the runtime of the threads, but none of the threads that it would wait for."""
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=_note_fork)
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+def launches_of(members: Sequence[tuple[ShapeClass, Kernels, Cut]]) -> list[Launch]:
+    """The launches that step these members; positions are those in this list."""
+    launches = []
+    for chosen in group_by_key(id(kernels) for _, kernels, _ in members).values():
+        of, kernels, _ = members[chosen[0]]
+        launches.append(Launch(kernels, of, chosen, [members[i][2] for i in chosen]))
+    return launches

@@ -1,0 +1,130 @@
+"""Which members the kernels of a CPU step, and how each is cut into parts: all that shapes decide."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
+from adafactor_compiled._state.moments import Momentum
+from adafactor_compiled._state.shape_class import ShapeClass
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+GROUPS, SLICES, LANES, VECTOR, TWICE = range(5)  # kinds of members, as step.cpp has them
+LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
+LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
+BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads
+PART = 65_536  # elements of a part of what is not in groups
+PARTS = 64  # at most
+MOST_OF_SLICE, LANE = 256, 16  # elements of a slice that are worth lanes; as many as a vector has, or a multiple
+
+
+class Kernels(NamedTuple):
+    """What a build is for."""
+
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    momentum: Momentum | None
+    rounding: bool
+
+
+class Cut(NamedTuple):
+    """A member: the columns of the table that step.cpp reads, but the first."""
+
+    kind: int
+    swapped: bool  # whether its rows are the kernels' columns
+    slices: int
+    rows: int
+    columns: int
+    parts: int
+    per: int  # rows, slices or elements of a part
+    block: int
+    inner: int
+    outer_stride: int
+    row_stride: int
+    column_stride: int
+
+
+@cached
+def kernels_of(of: ShapeClass) -> Kernels | None:
+    """None for what has no kernels here."""
+    return None if cut_of(of) is None else _same(Kernels(of.dtype, of.grad_dtype, of.momentum, of.rounding))
+
+
+@cached
+def _same(kernels: Kernels) -> Kernels:
+    """One object for equal ones: they are told apart by `id`, which is quicker."""
+    return kernels
+
+
+@cached
+def cut_of(of: ShapeClass) -> Cut | None:
+    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing."""
+    momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
+    if of.device.type != "cpu" or not of.plain or not of.numel or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
+        return None
+    strides = (of.stride, of.grad_stride)
+    contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
+    if not of.factored:
+        return _vector(VECTOR, of.numel) if contiguous else None
+    *lead, rows, columns = of.shape
+    slices = math.prod(lead)
+    if slices > 1 and rows == columns == 1:
+        return _vector(TWICE, slices) if contiguous else None
+    if slices > 1 and rows * columns <= MOST_OF_SLICE:
+        return _lanes(of, slices, contiguous)
+    transposed = (*contiguous_stride((*lead, columns, rows))[:-2], 1, rows)
+    if contiguous and columns > 1:
+        return _matrix(False, slices, rows, columns)
+    if all(same_layout(of.shape, x, transposed) for x in strides):  # a column alone is its transpose too
+        return _matrix(True, slices, columns, rows)
+    return None
+
+
+def _parts(numel: int, size: int, count: int, multiple: int = 1) -> tuple[int, int]:
+    """How many parts of `count` units of `size` elements each, and how many units of a part."""
+    parts = 1 if numel <= LARGE else min(PARTS, -(-numel // PART), count)
+    per = -(-count // parts)
+    per = -(-per // multiple) * multiple
+    return -(-count // per), per
+
+
+def _vector(kind: int, numel: int) -> Cut:
+    return Cut(kind, False, 1, 1, numel, *_parts(numel, 1, numel, LANE), 0, 0, 0, 0, 0)
+
+
+def _lanes(of: ShapeClass, slices: int, contiguous: bool) -> Cut | None:
+    """Slices in lanes that lie one behind the other, or, in four dimensions, side by side."""
+    rows, columns = of.shape[-2:]
+    strides = (slices, 0, 0, 0)
+    if not contiguous:
+        if len(of.shape) != 4 or not same_layout(of.shape, of.stride, of.grad_stride) or not _is_dense(of.shape, of.stride):
+            return None
+        if of.stride[1] != 1 or of.shape[1] == 1:
+            return None
+        strides = (of.shape[1], of.stride[0], of.stride[2], of.stride[3])
+    return Cut(LANES, False, slices, rows, columns, *_parts(of.numel, rows * columns, slices, LANE), 0, *strides)
+
+
+def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements fill their memory in some order of the dimensions, as that of a momentum then is too."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
+def _matrix(swapped: bool, slices: int, rows: int, columns: int) -> Cut:
+    block = max(4, BLOCK // columns // 4 * 4)
+    if rows * columns <= LARGE or rows < 16:
+        parts, per = _parts(slices * rows * columns, rows * columns, slices)
+        return Cut(SLICES, swapped, slices, rows, columns, parts, per, block, slices, 0, 0, 0)
+    least = -(-LEAST_GROUPS // slices)
+    groups = min(MOST_GROUPS, rows // 8, max(least, rows * columns // GROUP))
+    per = -(-rows // groups // 4) * 4
+    return Cut(GROUPS, swapped, slices, rows, columns, slices * -(-rows // per), per, min(block, per), slices, 0, 0, 0)

@@ -1,0 +1,114 @@
+"""The fused kernels of all devices, by one vocabulary.
+
+A *member* is a parameter that kernels step, with its gradient and state. A *launch* steps many members of the same types, on one
+device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work, which
+shapes alone decide. On a CPU a launch is a call of C++ (cpu/), on a GPU some kernels of Triton's (gpu/).
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections.abc import Collection, Sequence
+from typing import NamedTuple, Protocol
+
+from torch import Tensor
+
+from adafactor_compiled._fused.cpu import launches as cpu
+from adafactor_compiled._fused.cpu import layout as cpu_layout
+from adafactor_compiled._fused.gpu import launches as gpu
+from adafactor_compiled._fused.gpu import layout as gpu_layout
+from adafactor_compiled._state.shape_class import ShapeClass
+
+# Of a member: parameter, gradient, rows, columns, momentum, its RMS and that of its update, and a row of the numbers. What is kept
+# as a whole stands for rows and columns, and for a momentum where there is none.
+ADDRESSES = gpu.ADDRESSES
+Kernels = cpu_layout.Kernels | gpu_layout.Kernels
+
+
+class Launch(Protocol):
+    """Members that are stepped together; `positions` are theirs among those of a step."""
+
+    shape_class: ShapeClass  # of its first member
+    positions: list[int]
+
+    @property
+    def kernels(self) -> Kernels: ...
+
+    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int] | None:
+        """Step the members.
+
+        Args:
+            addresses: `ADDRESSES` of each, of memory that was checked.
+            numbers: rows of `Numbers`; a tensor of [rows, len(Numbers)] on the device of the members, or on the host.
+            draws: for stochastic rounding, int32 of shape [members, DRAWS].
+
+        Returns:
+            Of each member whether it was skipped for a gradient with NaN or inf, 1 or 0; None where kernels skip none.
+        """
+
+
+def kernels_of(of: ShapeClass) -> Kernels | None:
+    """None for what has no kernels: it is stepped by operations of torch."""
+    return gpu_layout.kernels_of(of) if gpu_layout.is_gpu(of.device) else cpu_layout.kernels_of(of)
+
+
+class Planned(NamedTuple):
+    """What shapes alone decide of a member."""
+
+    of: ShapeClass
+    kernels: Kernels
+    cut: cpu_layout.Cut | None  # on a CPU
+
+
+def planned(of: ShapeClass) -> Planned:
+    """Of a member that has kernels."""
+    kernels = kernels_of(of)
+    assert kernels is not None
+    return Planned(of, kernels, cpu_layout.cut_of(of) if isinstance(kernels, cpu_layout.Kernels) else None)
+
+
+def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:
+    """The launches that step these members of one step; those `unaligned` begin at addresses that are no multiples of 16."""
+    on_cpu = [(i, (of, kernels, cut)) for i, (of, kernels, cut) in enumerate(members) if cut is not None]
+    on_gpu = [i for i, member in enumerate(members) if member.cut is None]
+    launches: list[Launch] = []
+    if on_cpu:
+        launches += _moved(cpu.launches_of([x for _, x in on_cpu]), [i for i, _ in on_cpu])  # type: ignore[misc]
+    if on_gpu:
+        of_gpu = gpu.launches_of([members[i].of for i in on_gpu], {on_gpu.index(i) for i in unaligned})
+        launches += _moved(of_gpu, on_gpu)
+    return launches
+
+
+def _moved(launches: Sequence[Launch], to: list[int]) -> Sequence[Launch]:
+    for launch in launches:
+        launch.positions = [to[i] for i in launch.positions]
+    return launches
+
+
+_ready: dict[Kernels, float] = {}  # the seconds that it took
+
+
+def make_ready(kernels: Kernels) -> None:
+    """Have kernels compiled.
+
+    Raises:
+        Unavailable: on a CPU; whatever Triton raises, on a GPU.
+    """
+    if kernels not in _ready:
+        start = time.perf_counter()
+        if isinstance(kernels, cpu_layout.Kernels):
+            cpu.library_of(kernels)
+        else:
+            gpu.try_out(kernels)
+        _ready[kernels] = time.perf_counter() - start
+
+
+def is_ready(kernels: Kernels) -> bool:
+    return kernels in _ready
+
+
+def seconds_of(kernels: Kernels) -> float | None:
+    """What compiling took in this process; None where nothing is compiled."""
+    return _ready.get(kernels)

@@ -1,0 +1,158 @@
+"""A member as it was when its place in a launch was decided: what a step looks at before kernels, which know addresses only, run.
+
+Dtype, device, shape, strides and address of every tensor, state included, are looked at in each step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._fused.launches import Planned, planned
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import State
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.shape_class import ShapeClass
+
+STRIDED = torch.strided
+P, G, ROW, COL, EXP_AVG, RMS = range(6)  # columns of addresses
+
+
+class Factor(NamedTuple):
+    """A tensor of a member's state that has dimensions."""
+
+    name: str
+    tensor: Tensor
+    dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...]
+
+
+class Member(NamedTuple):
+    param: Tensor
+    group: Group
+    position: int  # counted over all groups
+    of: ShapeClass  # of the parameter as kernels see it
+    planned: Planned
+    type: type
+    index: int  # of its device
+    dtype: torch.dtype
+    grad_dtype: torch.dtype
+    shape: torch.Size
+    stride: tuple[int, ...] | None  # None where all is contiguous, which is quicker to ask for
+    grad_stride: tuple[int, ...]
+    rows: Factor  # or all elements
+    columns: Factor | None
+    exp_avg: Factor | None
+    rms: Tensor
+    state_dtype: torch.dtype
+    update_rms: Tensor
+    update_rms_at: int
+    spans: tuple[Span, ...]
+    written: list[Tensor]
+    looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
+
+
+class Span(NamedTuple):
+    """Memory of a member."""
+
+    column: int  # of its address
+    size: int  # bytes
+    tensor: Tensor | None  # None for its gradient, the one that is not written
+
+
+def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor) -> Member:
+    """An entry whose gradient and state were checked."""
+    p, g, state = entry.param, entry.grad, entry.state
+
+    def factor(name: str) -> Factor:
+        x = state[name]
+        return Factor(name, x, x.dtype, x.shape, x.stride())
+
+    rms = state["RMS"]
+    rows, columns = factor("exp_avg_sq_row" if of.factored else "exp_avg_sq"), factor("exp_avg_sq_col") if of.factored else None
+    exp_avg = factor("exp_avg") if of.momentum is not None else None
+    factors = [(column, x) for column, x in ((ROW, rows), (COL, columns), (EXP_AVG, exp_avg)) if x is not None]
+    spans = [Span(P, _bytes(p.shape, p.stride(), p.dtype), p), Span(G, _bytes(g.shape, g.stride(), g.dtype), None)]
+    spans += [Span(column, _bytes(x.shape, x.stride, x.dtype), x.tensor) for column, x in factors]
+    written = [p, *(x.tensor for _, x in factors), rms, update_rms]
+    return Member(
+        param=p,
+        group=entry.group,
+        position=entry.position,
+        of=of,
+        planned=planned(of),
+        type=type(p),
+        index=p.get_device(),
+        dtype=p.dtype,
+        grad_dtype=g.dtype,
+        shape=p.shape,
+        stride=None if p.is_contiguous() and g.is_contiguous() else p.stride(),
+        grad_stride=g.stride(),
+        rows=rows,
+        columns=columns,
+        exp_avg=exp_avg,
+        rms=rms,
+        state_dtype=rms.dtype,
+        update_rms=update_rms,
+        update_rms_at=update_rms.data_ptr(),
+        spans=(*spans, Span(RMS, rms.element_size(), rms)),
+        written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version
+        looked_at=[],
+    )
+
+
+def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
+    return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
+
+
+def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ...] | None:
+    """Where the tensors of a member lie, all but its numbers; None where anything is not as it was, or has no memory."""
+    index, shape, stride = x.index, x.shape, x.stride
+    if (
+        type(g) is not Tensor
+        or type(p) is not x.type
+        or g.layout is not STRIDED
+        or p.dtype is not x.dtype
+        or g.dtype is not x.grad_dtype
+        or p.shape != shape
+        or g.shape != shape
+        or p.get_device() != index
+        or g.get_device() != index
+        or g.is_neg()
+    ):
+        return None
+    if stride is None:
+        if not (p.is_contiguous() and g.is_contiguous()):
+            return None
+    elif p.stride() != stride or g.stride() != x.grad_stride:
+        return None
+    rms = state.get("RMS")
+    if rms is not x.rms or rms.dtype is not x.state_dtype or rms.dim() or rms.get_device() != index:
+        return None
+    row = col = exp_avg = _address_of(x.rows, state, index)
+    if x.columns is not None:
+        col = _address_of(x.columns, state, index)
+    if x.exp_avg is not None:
+        exp_avg = _address_of(x.exp_avg, state, index)
+    param, grad, of_rms = p.data_ptr(), g.data_ptr(), rms.data_ptr()
+    if param and grad and row and col and exp_avg and of_rms:
+        return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
+    return None
+
+
+def _address_of(x: Factor, state: State, index: int) -> int:
+    """0 where it is not as it was."""
+    name, tensor, dtype, shape, stride = x
+    if (
+        state.get(name) is not tensor
+        or tensor.dtype is not dtype
+        or tensor.shape != shape
+        or tensor.stride() != stride
+        or tensor.get_device() != index
+    ):
+        return 0
+    return tensor.data_ptr()

@@ -1,0 +1,134 @@
+"""The fused step as one operator, a node of whatever graph torch.compile makes of a training loop.
+
+Its lists are the members of a launch. Inside of the graph nothing of the step is compiled, whatever the number of parameters, and
+kernels write to the tensors themselves: Dynamo is told which lists are written, and Inductor calls an operator without copies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._fused.launches import Launch, kernels_of, launches_of, planned
+from adafactor_compiled._fused.members import addresses_in, member_of
+from adafactor_compiled._fused.table import Table
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.moments import SECOND_MOMENTS, Momentum, factored_dims, is_cautious, momentum_of
+from adafactor_compiled._state.options import wants_rounding
+from adafactor_compiled._state.shape_class import ShapeClass
+from adafactor_compiled._update import foreach
+from adafactor_compiled._update.members import Members
+
+def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequence[Tensor | None]) -> None:
+    """Step entries that have kernels, inside of an outer graph: a node for each device and each set of types and options.
+
+    Args:
+        entries: the members.
+        tables: the numbers of each.
+        draws: of each that is rounded stochastically.
+    """
+    for chosen in group_by_key(_kind_of(entry) for entry in entries).values():
+        some = [entries[i] for i in chosen]
+        factored = [factored_dims(x.param.shape, x.group) is not None for x in some]
+        states = [x.state for x in some]
+        momentum = momentum_of(some[0].param.dtype, some[0].group)
+        of_draws = [x for i in chosen if (x := draws[i]) is not None]
+        torch.ops.adafactor_compiled.step(
+            [x.param.detach() for x in some],
+            [x.grad for x in some],
+            [x["exp_avg_sq_row" if f else "exp_avg_sq"] for x, f in zip(states, factored, strict=True)],
+            [x["exp_avg_sq_col"] for x, f in zip(states, factored, strict=True) if f],
+            [x["exp_avg"] for x in states] if momentum is not None else [],
+            [x["RMS"] for x in states],
+            torch.stack([tables[i] for i in chosen]),
+            torch.stack(of_draws) if of_draws else None,
+            factored,
+            is_cautious(momentum),
+        )
+
+
+def _kind_of(entry: Entry) -> tuple[object, ...]:
+    p, group = entry.param, entry.group
+    return p.device, p.dtype, entry.grad.dtype, momentum_of(p.dtype, group), wants_rounding(p.dtype, group)
+
+
+@torch.library.custom_op("adafactor_compiled::step", mutates_args=("params", "rows", "cols", "exp_avgs", "rms"))
+def step(
+    params: list[Tensor],
+    grads: list[Tensor],
+    rows: list[Tensor],
+    cols: list[Tensor],
+    exp_avgs: list[Tensor],
+    rms: list[Tensor],
+    numbers: Tensor,
+    draws: Tensor | None,
+    factored: list[bool],
+    cautious: bool,
+) -> None:
+    """Step k parameters in place; what is written are all lists but the gradients.
+
+    Args:
+        params: of one dtype, on one device, of any shapes.
+        grads: of one dtype.
+        rows: the second moment of the rows, or of all elements.
+        cols: that of the columns, of those that are factored.
+        exp_avgs: the momenta, or none.
+        rms: 0-dim; receives the RMS of each parameter.
+        numbers: [k, len(Numbers)], of the dtype of the arithmetic.
+        draws: for stochastic rounding, int32 of shape [k, DRAWS].
+        factored: of each whether rows and columns stand for its second moment.
+        cautious: whether elements step only where momentum and gradient agree in sign.
+    """
+    of_cols, dtype = iter(cols), params[0].dtype
+    momentum = Momentum(exp_avgs[0].dtype, cautious) if exp_avgs else None
+    entries, classes = [], []
+    for i, (p, g, row, is_factored) in enumerate(zip(params, grads, rows, factored, strict=True)):
+        of = (*_layout(p), g.stride(), dtype, g.dtype, p.device, is_factored, momentum, draws is not None)
+        classes.append(ShapeClass(*of))
+        state = {"exp_avg_sq_row": row, "exp_avg_sq_col": next(of_cols)} if is_factored else {"exp_avg_sq": row}
+        entries.append(Entry(i, p, g, state | ({"exp_avg": exp_avgs[i]} if exp_avgs else {}) | {"RMS": rms[i]}, {}))
+    chosen = [i for i, of in enumerate(classes) if kernels_of(of) is not None]
+    stepped = _stepped_by_kernels([entries[i] for i in chosen], [classes[i] for i in chosen], chosen, numbers, draws)
+    for i in set(range(len(params))) - stepped:  # right, and slower
+        _, p, g, state, _ = entries[i]
+        second = map(state.get, SECOND_MOMENTS)
+        of_draws = None if draws is None else draws[i : i + 1]
+        each = [(p, g, *second, state.get("exp_avg"), None)]
+        measured = foreach.step_class(Members.of(each, numbers[i : i + 1], of_draws, cautious))
+        rms[i].copy_(measured[0, 0])
+
+
+def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    return tuple(x.shape), x.stride()
+
+
+def _stepped_by_kernels(
+    entries: list[Entry], classes: list[ShapeClass], positions: list[int], numbers: Tensor, draws: Tensor | None
+) -> set[int]:
+    """The positions of the entries that kernels have stepped: all, unless their memory is shared."""
+    if not entries:
+        return set()
+    unaligned = {i for i, x in enumerate(entries) if (x.param.data_ptr() | x.grad.data_ptr()) % 16}
+    update_rms = torch.zeros(len(entries), dtype=numbers.dtype, device=numbers.device).unbind()
+    members = [member_of(*x) for x in zip(entries, classes, update_rms, strict=True)]
+    table = Table(members, _launches_of(tuple(classes), frozenset(unaligned)))
+    addresses: list[int] = []
+    for i, (member, x) in enumerate(zip(members, entries, strict=True)):
+        found = addresses_in(member, x.param, x.grad, x.state)
+        if found is None:
+            return set()
+        addresses += (*found, positions[i])
+    if table.conflicts(addresses, [x.grad for x in entries]):
+        return set()
+    of_draws = {} if draws is None else {i: draws[position] for i, position in enumerate(positions)}
+    table.run(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws)
+    return set(positions)
+
+
+@lru_cache(maxsize=64)
+def _launches_of(classes: tuple[ShapeClass, ...], unaligned: frozenset[int]) -> list[Launch]:
+    return launches_of([planned(of) for of in classes], unaligned)

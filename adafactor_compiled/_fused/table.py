@@ -1,0 +1,106 @@
+"""The table of a step: its members, their launches, and the look at all memory that these touch."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from adafactor_compiled._fused.launches import ADDRESSES, Launch
+from adafactor_compiled._fused.members import Member
+from adafactor_compiled._state.layout import compute_dtype
+
+
+class Table:
+    """Of members that step together, made once for them."""
+
+    def __init__(self, members: Sequence[Member], launches: list[Launch]) -> None:
+        self.members, self.launches = members, launches
+        self._written = [tensor for x in members for tensor in x.written]
+        self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
+        self._last: list[int] = []  # addresses of memory that was looked at
+        self._spans = [(i, span) for i, x in enumerate(members) for span in x.spans]
+        self._places = torch.tensor([i * ADDRESSES + span[0] for i, span in self._spans], device="cpu")
+        self._sizes = torch.tensor([span[1] for _, span in self._spans], device="cpu")
+        self._is_written = torch.tensor([span[2] is not None for _, span in self._spans], device="cpu")
+
+    def conflicts(self, addresses: list[int], grads: Sequence[Tensor]) -> set[int]:
+        """The members that write to memory which another tensor of the step has too, or which is not there.
+
+        Kernels would race in it. Gradients may share memory: they are only read. Nothing is looked at again where all lies as
+        it did before.
+        """
+        if addresses == self._last:
+            return set()
+        found = {i for i, x in enumerate(self.members) if not _is_there(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])}
+        starts = torch.tensor(addresses, dtype=torch.int64, device="cpu")[self._places]
+        order = starts.argsort()
+        starts, ends, written = starts[order], (starts + self._sizes)[order], self._is_written[order]
+        begins, furthest = starts[1:], ends.cummax(0).values[:-1]
+        furthest_written = torch.where(written, ends, 0).cummax(0).values[:-1]
+        if bool(((begins < furthest) & written[1:] | (begins < furthest_written)).any()):
+            owners = [self._spans[i][0] for i in order.tolist()]
+            found |= _overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
+        if not found:
+            self._last = addresses
+        return found
+
+    def run(
+        self,
+        addresses: list[int],
+        numbers: array[float] | Mapping[tuple[torch.device, torch.dtype], Tensor],
+        draws: Mapping[int, Tensor],
+    ) -> set[int]:
+        """Step all members, where there are no conflicts; gives those that kernels skipped.
+
+        Args:
+            addresses: `ADDRESSES` of each.
+            numbers: rows of `Numbers`, or those of each device and dtype of the arithmetic.
+            draws: of members that are rounded stochastically.
+        """
+        table = array("q", addresses)
+        skipped: set[int] = set()
+        for launch in self.launches:
+            of, positions = launch.kernels, launch.positions
+            of_launch = table if self._in_order else _chosen(table, positions)
+            key = launch.shape_class.device, compute_dtype(of.dtype)
+            of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
+            flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
+            if flags is not None and any(flags):
+                skipped |= {i for i, flag in zip(positions, flags, strict=True) if flag}
+        torch.autograd.graph.increment_version(self._written)  # as operations of torch do by themselves
+        return skipped
+
+
+def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
+    chosen = array("q")
+    for i in positions:
+        chosen += table[i * ADDRESSES : (i + 1) * ADDRESSES]
+    return chosen
+
+
+def _is_there(x: Member, grad: Tensor, addresses: list[int]) -> bool:
+    """Whether all memory of a member is in storages that were not given back, as far as it lies elsewhere than before."""
+    last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
+    for column, size, tensor in x.spans:
+        if addresses[column] != last[column]:
+            tensor = grad if tensor is None else tensor
+            if tensor.storage_offset() * tensor.itemsize + size > tensor.untyped_storage().nbytes():
+                return False
+    x.looked_at[:] = [addresses]
+    return True
+
+
+def _overlapping(spans: list[tuple[int, int, bool, int]]) -> set[int]:
+    """The owners of spans, in order of their starts, that overlap others of which one is written."""
+    found: set[int] = set()
+    still: list[tuple[int, int, bool, int]] = []
+    for span in spans:
+        still = [other for other in still if other[1] > span[0]]
+        for other in still:
+            if span[2] or other[2]:
+                found |= {span[3], other[3]}
+        still.append(span)
+    return found

@@ -1,0 +1,148 @@
+"""The same step again: where kernels step all of it, and nothing that its plan depends on has changed but the gradients.
+
+One loop looks at every tensor and reads where it lies. Whatever is not as it was, the step is planned anew, which takes longer.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from adafactor_compiled._fused.launches import ADDRESSES, launches_of
+from adafactor_compiled._fused.members import Member, addresses_in
+from adafactor_compiled._fused.table import Table
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import State
+from adafactor_compiled._state.options import Group
+from adafactor_compiled._step.fused import skips_by_itself
+from adafactor_compiled._step.plan import Plan, options_of
+from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
+from adafactor_compiled._step.record import Record
+from adafactor_compiled._update.numbers import plain_numbers
+from adafactor_compiled._update.rounding import draws_of
+
+LAST = 8  # tables that are kept: of experts and layers that take turns
+
+
+class Again:
+    """Of one optimizer: all members that it has stepped, and the tables of those that stepped together."""
+
+    def __init__(self) -> None:
+        self._members: dict[int, Member] = {}  # by the id of the parameter
+        self._options: dict[int, tuple[Any, ...]] = {}  # by the id of the group, when its members were looked at
+        self._table: Table | None = None
+        self._tables: dict[tuple[int, ...], Table] = {}  # by the ids of the members, the last ones last
+
+    def learn(self, plan: Plan, entries: Sequence[Entry]) -> None:
+        """Know the members of a plan, if all that it steps can be stepped so."""
+        if plan.table is None or len(plan.fused) < len(entries):
+            return self.forget()
+        for entry in entries:
+            group = entry.group
+            plain = not group["capturable"] and (group["relative_step"] or not isinstance(group["lr"], Tensor))
+            if not plain or (group["nonfinite"] == "skip" and not skips_by_itself(entry.param.device)) or "get_lr" in group:
+                return self.forget()
+            if self._options.setdefault(id(group), options_of(group)) != options_of(group):
+                return self.forget()
+        self._members |= {id(member.param): member for member in plan.table.members}
+        self._table = plan.table
+
+    def forget(self) -> None:
+        self._members, self._options, self._table, self._tables = {}, {}, None, {}
+
+    def step(self, optimizer: Optimizer) -> Record | None:
+        """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
+        if self._table is None:
+            return None
+        known, states_of = self._members, optimizer.state
+        chosen: list[Member] = []
+        grads: list[Tensor] = []
+        states: list[State] = []
+        addresses: list[int] = []
+        counts: list[int] = []
+        rows: list[tuple[Any, ...]] = []
+        skips = False
+        for group in optimizer.param_groups:
+            if self._options.get(id(group)) != options_of(group) or _needs_tensors(group):
+                return None
+            skips, row, last = skips or group["nonfinite"] == "skip", -1, None
+            for p in group["params"]:
+                g = p.grad
+                if g is None:
+                    continue
+                member, state = known.get(id(p)), states_of.get(p)
+                if member is None or member.param is not p or member.group is not group or state is None:
+                    return None
+                found, count = addresses_in(member, p, g, state), state.get("step")
+                if found is None or type(count) is not int:
+                    return None
+                if count != last:
+                    row, last = len(rows), count
+                    rows.append(plain_numbers(group, count + 1))
+                addresses += found
+                addresses.append(row)
+                chosen.append(member)
+                grads.append(g)
+                states.append(state)
+                counts.append(count)
+        if not chosen:
+            return None
+        table = self._table
+        if chosen != table.members:
+            table = self._table = self._table_of(chosen, addresses)
+        if table.conflicts(addresses, grads):
+            return None
+        draws = _draws_of(chosen, counts)
+        numbers = array("d", [x for of_row in rows for x in of_row])
+        try:
+            for state in states:
+                state["step"] += 1
+            with range_of_table(table) if profiled() else UNNAMED:
+                kept = table.run(addresses, numbers, draws)
+        except BaseException:
+            for state, count in zip(states, counts, strict=True):
+                state["step"] = count
+            raise
+        skipped: list[Tensor | None] = [None] * len(chosen)
+        for i, member in enumerate(chosen) if skips else ():
+            if member.group["nonfinite"] == "skip":
+                skipped[i] = torch.tensor(i in kept, device="cpu")
+        for i in kept:
+            states[i]["step"] = counts[i]
+        tables = [rows[i] for i in addresses[ADDRESSES - 1 :: ADDRESSES]]
+        return Record([x.param for x in chosen], tables, [x.rms for x in chosen], [x.update_rms for x in chosen], skipped)
+
+
+    def _table_of(self, members: list[Member], addresses: list[int]) -> Table:
+        """The last one of these members, or a new one."""
+        key = tuple(map(id, members))
+        table = self._tables.pop(key, None) or Table(members, launches_of([x.planned for x in members], _unaligned(addresses)))
+        self._tables[key] = table
+        if len(self._tables) > LAST:
+            del self._tables[next(iter(self._tables))]
+        return table
+
+
+def _needs_tensors(group: Group) -> bool:
+    return isinstance(group["lr"], Tensor) and not group["relative_step"]
+
+
+def _unaligned(addresses: Sequence[int]) -> set[int]:
+    return {i for i in range(len(addresses) // 8) if (addresses[8 * i] | addresses[8 * i + 1]) % 16}
+
+
+def _draws_of(members: Sequence[Member], counts: Sequence[int]) -> dict[int, Tensor]:
+    """What determines the noise of those that are rounded stochastically."""
+    draws: dict[int, Tensor] = {}
+    rounding = [i for i, x in enumerate(members) if x.of.rounding]
+    for device in {members[i].of.device for i in rounding}:
+        at = [i for i in rounding if members[i].of.device == device]
+        seeds, positions = [members[i].group["rounding_seed"] for i in at], [members[i].position for i in at]
+        of_device = draws_of(seeds, positions, [(0, 0, 0)] * len(at), [counts[i] + 1 for i in at], device)
+        draws |= dict(zip(at, of_device, strict=True))
+    return draws
