@@ -63,7 +63,7 @@ def run(plan: Plan, entries: list[Entry], addresses: list[int], exchanges: Seque
     for i in by_themselves:
         if all_entries[i].group["nonfinite"] == "skip":
             skipped[i] = torch.tensor(i in at_once, device="cpu")
-            all_entries[i].state["step"] -= i in at_once
+            all_entries[i].state["step"] -= int(i in at_once)
     params, rms = [entry.param for entry in all_entries], [entry.state["RMS"] for entry in entries]
     return Record(params, tables.tables, rms, plan.update_rms, skipped)
 

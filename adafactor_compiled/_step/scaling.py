@@ -54,8 +54,9 @@ class Scaling(NamedTuple):
         ]
 
     def is_on_host(self, entries: list[Entry]) -> bool:
-        """Whether the host can look without waiting: what a step would change is then not copied."""
-        return self.found_inf.device.type == "cpu" and all(entry.param.device.type == "cpu" for entry in entries)
+        """Whether the host may look, and without waiting: what a step would change is then not copied."""
+        on_host = self.found_inf.device.type == "cpu" and all(entry.param.device.type == "cpu" for entry in entries)
+        return on_host and not any(entry.group["capturable"] for entry in entries)
 
     def has_overflowed(self) -> bool:
         return bool(self.found_inf > 0)
