@@ -78,13 +78,14 @@ def adamw(**path: bool) -> Make:
 
 
 CONTENDERS: dict[str, Contender] = {
-    "compiled": Contender("Adafactor, compiled", ours(compile=True)),
+    "fused": Contender("Adafactor, fused", ours(fused=True)),
     "stochastic-rounding": Contender(
-        "Adafactor, compiled, stochastic rounding", ours(compile=True, stochastic_rounding=True), half_only=True
+        "Adafactor, fused, stochastic rounding", ours(fused=True, stochastic_rounding=True), half_only=True
     ),
     "bfloat16-momentum": Contender(
-        "Adafactor, compiled, momentum in bfloat16", ours(compile=True, momentum_dtype=torch.bfloat16), momentum_only=True
+        "Adafactor, fused, momentum in bfloat16", ours(fused=True, momentum_dtype=torch.bfloat16), momentum_only=True
     ),
+    "compiled": Contender("Adafactor, compiled", ours(compile=True)),
     "adamw-fused": Contender("fused AdamW", adamw(fused=True)),
     "adamw-foreach": Contender("foreach AdamW", adamw(foreach=True)),
     "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),

@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import passes
 from adafactor_compiled._fused.gpu import layout, steps
 
 OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
@@ -71,17 +70,16 @@ class Eager(TorchDispatchMode):
 def recorded() -> Iterator[list[Launched]]:
     """From now on parameters on a CPU count as on a GPU, and what would be launched is noted."""
     launched: list[Launched] = []
-    before = layout.is_gpu, passes.environment, {name: getattr(steps, name) for name in KERNELS}
+    before, is_gpu = {name: getattr(steps, name) for name in KERNELS}, layout.is_gpu
     layout.is_gpu = lambda device: True
-    passes.environment = lambda: 0  # also in the mode that counts
-    for name, kernel in before[2].items():
+    for name, kernel in before.items():
         setattr(steps, name, Recorder(kernel, launched))
     layout.kernels_of.cache_clear()
     try:
         yield launched
     finally:
-        layout.is_gpu, passes.environment = before[:2]
-        for name, kernel in before[2].items():
+        layout.is_gpu = is_gpu
+        for name, kernel in before.items():
             setattr(steps, name, kernel)
         layout.kernels_of.cache_clear()
 
@@ -133,7 +131,7 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
         params = [torch.empty(shape, dtype=dtype).requires_grad_() for shape in case["shapes"]]
         for param in params:
             param.grad = torch.empty_like(param)
-        optimizer = Adafactor(params, beta1=case["beta1"], compile=True, **options)
+        optimizer = Adafactor(params, beta1=case["beta1"], fused=True, **options)
         optimizer.warm_up()
         ahead = {variant_of(x) for x in launched}
         optimizer.step()  # makes what later ones keep

@@ -6,6 +6,9 @@ import collections
 import itertools
 from collections.abc import Callable
 
+import torch
+from _shared.character_model import CharacterTransformer, english
+
 Shapes = list[tuple[int, ...]]
 
 
@@ -67,6 +70,13 @@ def widths24() -> Shapes:
     return [shape for a, b in itertools.pairwise(widths) for shape in ((b, a), (b,))]
 
 
+def train() -> Shapes:
+    """The character transformer of train.py, 630,000: 42 small tensors."""
+    _, _, alphabet = english()
+    with torch.device("meta"):
+        return [tuple(param.shape) for param in CharacterTransformer(len(alphabet)).parameters()]
+
+
 NETWORKS: dict[str, Callable[[], Shapes]] = {
     "gpt2": gpt2,
     "t5-small": t5_small,
@@ -75,6 +85,7 @@ NETWORKS: dict[str, Callable[[], Shapes]] = {
     "resnet50": resnet50,
     "decoder-600m": decoder_600m,
     "widths24": widths24,
+    "train": train,
 }
 
 

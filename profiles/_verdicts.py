@@ -87,7 +87,7 @@ def draw(result: dict[str, Any]) -> Any:
         for i, (name, contender) in enumerate(contenders.items()):
             losses, of_base = (best_of(contenders[key])["held_out_losses"] for key in (name, contender["base"] or name))
             ax.plot([min(of_base), max(of_base)], [i, i], color="#d0d0d0", linewidth=11, solid_capstyle="butt")
-            color = color_of(name) if name in COLORS else COLORS["compiled"]
+            color = color_of(name) if name in COLORS else COLORS["fused"]
             ax.plot(losses, [i] * len(losses), "o", color=color, markersize=5, alpha=0.7)
         ax.set_yticks(range(len(contenders)), list(contenders))
         ax.invert_yaxis()

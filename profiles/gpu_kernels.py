@@ -208,11 +208,11 @@ def draw(result: dict[str, Any]) -> Any:
         ]
         for axes, (ours, theirs, most) in zip(panels, values, strict=True):
             first = axes is panels[0]  # where what torch launches is paler
-            bar(axes, y - 0.19, ours, "compiled", "Adafactor, operations of torch" if first else None, 0.4 if first else 1)
+            bar(axes, y - 0.19, ours, "fused", "Adafactor, operations of torch" if first else None, 0.4 if first else 1)
             bar(axes, y + 0.19, theirs, "AdamW", "fused AdamW" if first else None)
             if most is not None:
                 axes.plot([most, most], [y - 0.38, y], color="black", linewidth=2, label="goal" if first else None)
-        bar(panels[0], y - 0.19, kernels, "compiled", "Adafactor, kernels of its own", text="")
+        bar(panels[0], y - 0.19, kernels, "fused", "Adafactor, kernels of its own", text="")
     panels[0].set(xscale="log", xlim=(1, None), xlabel="logarithmic")
     panels[0].set_xticks([1, 10, 100, 1000], ["1", "10", "100", "1,000"])
     panels[0].minorticks_off()

@@ -1,7 +1,8 @@
-"""Where the time of one compiled step goes, by compiled call, and how far the calls are from the machine's bandwidth.
+"""Where the time of one step goes, by call, and how far the calls are from the machine's bandwidth.
 
-The steps run under torch's profiler, in which the package names its calls for the first of their members: "64x64 float32
-step_small_matrices". Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient
+The steps run under torch's profiler, in which the package names its calls for the first of their members: "50257x768 float32
+fused", the launch of all that a fused step takes, or "64x64 float32 step_small_matrices", one of the calls of a compiled step.
+Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient
 read twice and the parameter written; of a vector, read once and written; state read and written) over their time stand beside
 what the machine reaches in a copy and in a read. A matrix that fits in the last cache is read from memory once and the second
 time from there, so that it may exceed the memory's bandwidth.
@@ -31,9 +32,9 @@ from torch.optim import Optimizer
 
 from adafactor_compiled._state.entries import Entry, entries_of
 from adafactor_compiled._step.plan import plan_of
-from adafactor_compiled._step.ranges import NAME, range_of_call, range_of_part
+from adafactor_compiled._step.ranges import NAME, range_of_call, range_of_part, range_of_table
 
-DEFAULT = ["gpt2", "lora-8b", "resnet50"]
+PATHS = ["fused", "compiled"]
 SHOWN = 10  # names of a list that are shown on their own
 MACHINE = {"read_memory": "-", "copy_memory": "--", "read_cache": ":"}  # bandwidths, and their lines in the picture
 OUTSIDE = "outside of the calls"
@@ -64,10 +65,11 @@ def bytes_of(entry: Entry) -> int:
 
 
 def calls_by_name(optimizer: Optimizer) -> dict[str, dict[str, int]]:
-    """How many calls of a name a compiled step makes, the number of their members, and the bytes that these must move."""
+    """How many calls of a name a step makes, the number of their members, and the bytes that these must move."""
     entries = entries_of(optimizer.param_groups, optimizer.state)
     plan = plan_of(entries, None)
-    ranges: list[tuple[Any, list[int]]] = [(range_of_call(call), call.positions) for call in plan.calls]
+    ranges: list[tuple[Any, list[int]]] = [] if plan.table is None else [(range_of_table(plan.table), plan.fused)]
+    ranges += [(range_of_call(call), call.positions) for call in plan.calls]
     ranges += [(range_of_part(part), part.positions) for part in plan.eager]
     result: dict[str, dict[str, int]] = {}
     for named, positions in ranges:
@@ -102,9 +104,9 @@ def export(profiler: torch.profiler.profile, path: Path) -> Path:
     return path
 
 
-def measure_row(name: str, row: Row, rounds: int, directory: Path) -> dict[str, Any]:
+def measure_row(name: str, row: Row, path: str, rounds: int, directory: Path) -> dict[str, Any]:
     shapes = NETWORKS[row.network]()
-    optimizer = CONTENDERS["compiled"].make(make_params(shapes, row.dtype), row.beta1)
+    optimizer = CONTENDERS[path].make(make_params(shapes, row.dtype), row.beta1)
     plain = compare({"step": optimizer.step}, rounds)["step"]
     steps = []
     for _ in range(rounds):
@@ -130,10 +132,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     rounds = min(3, options.rounds) if options.quick else options.rounds
     reached = bandwidth(rounds)
     rows = {}
-    for name in options.networks or (["widths24"] if options.quick else DEFAULT):
-        rows[name] = measure_row(name, ROWS[name], rounds, options.traces or options.results)
+    for name in options.networks or (["widths24"] if options.quick else ROWS):
+        rows[name] = measure_row(name, ROWS[name], options.path, rounds, options.traces or options.results)
         gc.collect()
-        yield {"rounds": rounds, "gigabytes_per_second": reached, "rows": rows}
+        yield {"rounds": rounds, "path": options.path, "gigabytes_per_second": reached, "rows": rows}
 
 
 def shown(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
@@ -181,10 +183,10 @@ def draw(result: dict[str, Any]) -> Any:
     for (left, right), row in zip(axes, rows, strict=True):
         calls = shown(row)
         for y, (name, measured) in enumerate(calls):
-            left.barh(y, measured["ms"], 0.75, color="#c8c8c8" if name == OUTSIDE else COLORS["compiled"])
+            left.barh(y, measured["ms"], 0.75, color="#c8c8c8" if name == OUTSIDE else COLORS[result["path"]])
             gigabytes = rate(measured)
             if gigabytes is not None:
-                right.barh(y, gigabytes, 0.75, color=COLORS["compiled"])
+                right.barh(y, gigabytes, 0.75, color=COLORS[result["path"]])
                 right.annotate(f"{gigabytes:.1f}", (gigabytes, y), (4, 0), textcoords="offset points", va="center", fontsize=8)
         left.set_yticks(range(len(calls)), [name for name, _ in calls], fontsize=8)
         right.set_yticks([])
@@ -204,7 +206,8 @@ def draw(result: dict[str, Any]) -> Any:
 
 def main() -> None:
     options = parser(__doc__, redraw=True)
-    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)}")
+    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)} (default all)")
+    options.add_argument("--path", choices=PATHS, default=PATHS[0], help="how to step (default %(default)s)")
     options.add_argument(
         "--traces", type=Path, metavar="DIRECTORY", help="directory for the traces (default: that of the JSON)"
     )

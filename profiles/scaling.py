@@ -21,9 +21,9 @@ from _shared import color_of, compare, figures, markdown_table, parser, run_prof
 SIDES = [100, 178, 316, 562, 1000, 1778, 3162, 5623, 10000, 17783, 31623]  # half a decade of elements from one to the next
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
 SIDE = 64
-DEFAULT = ["compiled", "adamw-fused", "transformers"]
+DEFAULT = ["fused", "adamw-fused", "transformers"]
 # Bytes for each element beyond parameter and gradient: state, and what a step allocates for itself.
-EXTRA_BYTES = {"adamw-fused": 8, "adamw-foreach": 16, "compiled": 0.5}
+EXTRA_BYTES = {"adamw-fused": 8, "adamw-foreach": 16, "fused": 0.1, "compiled": 0.5}
 OTHER_EXTRA_BYTES = 20
 SWEEPS = {"size": "elements of one matrix", "count": f"matrices of {SIDE} x {SIDE}"}
 

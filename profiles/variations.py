@@ -74,7 +74,7 @@ class Task(NamedTuple):
 
 
 TASKS = {"characters": Task(characters, 700, (1e-3, 3e-3, 1e-2)), "digits": Task(digits, 600, (3e-3, 1e-2, 3e-2))}
-Make = Callable[[Any, "float | None", bool], Optimizer]  # of parameters, learning rate, and whether it is compiled
+Make = Callable[[Any, "float | None"], Optimizer]  # of parameters and learning rate
 
 
 class Contender(NamedTuple):
@@ -88,7 +88,7 @@ class Contender(NamedTuple):
 
 
 def ours(**options: Any) -> Make:
-    return lambda params, lr, compiled: Adafactor(params, **{**T5, "lr": lr, "compile": compiled, **options})
+    return lambda params, lr: Adafactor(params, **{**T5, "lr": lr, "fused": True, **options})
 
 
 BASE, MOMENTUM = "Adafactor, T5 setting", "beta1=0.9"
@@ -108,8 +108,8 @@ CONTENDERS: dict[str, Contender] = {
     "beta1=0.9, momentum in bfloat16": Contender(ours(beta1=0.9, momentum_dtype=torch.bfloat16), MOMENTUM),
     "beta1=0.9, cautious": Contender(ours(beta1=0.9, cautious=True), MOMENTUM),
     # torch scales the rate by the RMS of the parameter.
-    "torch.optim.Adafactor": Contender(lambda params, lr, _: torch.optim.Adafactor(params, lr=lr), BASE, 10.0),
-    "AdamW": Contender(lambda params, lr, _: torch.optim.AdamW(params, lr=lr), BASE),
+    "torch.optim.Adafactor": Contender(lambda params, lr: torch.optim.Adafactor(params, lr=lr), BASE, 10.0),
+    "AdamW": Contender(lambda params, lr: torch.optim.AdamW(params, lr=lr), BASE),
 }
 
 
@@ -120,7 +120,6 @@ class Job(NamedTuple):
     seed: int
     steps: int
     held_out: int | None  # batches, None for all
-    compiled: bool
 
 
 def share_of_rate(steps: int, step: int) -> float:
@@ -134,7 +133,7 @@ def train(job: Job) -> tuple[float, float]:
     data = TASKS[job.task].data()
     torch.manual_seed(job.seed)
     model: Any = data.model()
-    optimizer = CONTENDERS[job.name].make(model.parameters(), job.lr, job.compiled)
+    optimizer = CONTENDERS[job.name].make(model.parameters(), job.lr)
     by_rate = functools.partial(share_of_rate, job.steps)
     schedule = AdafactorSchedule(optimizer) if job.lr is None else LambdaLR(optimizer, by_rate)
     run = Run(job.name, model, optimizer, schedule, job.lr or 0.0, "")
@@ -147,7 +146,7 @@ def train(job: Job) -> tuple[float, float]:
     return loss if math.isfinite(loss) else math.inf, (logits.argmax(-1) == labels).float().mean().item()
 
 
-def time_steps(task: str, names: list[str], rounds: int, compiled: bool) -> dict[str, dict[str, Any]]:
+def time_steps(task: str, names: list[str], rounds: int) -> dict[str, dict[str, Any]]:
     """Milliseconds of `optimizer.step()` alone, in turn, and the bytes kept between steps."""
     data, runs = TASKS[task].data(), {}
     (batch,) = data.batches(1, 0)
@@ -155,7 +154,7 @@ def time_steps(task: str, names: list[str], rounds: int, compiled: bool) -> dict
         torch.manual_seed(0)
         model: Any = data.model()
         model.loss(*batch).backward()
-        optimizer = CONTENDERS[name].make(model.parameters(), CONTENDERS[name].rates(task)[0], compiled)
+        optimizer = CONTENDERS[name].make(model.parameters(), CONTENDERS[name].rates(task)[0])
         runs[name] = Run(name, model, optimizer, None, 0.0, "")
     timings = compare({name: run.optimizer.step for name, run in runs.items()}, rounds, calls=5)
     return {name: {"step_ms": timings[name], "state_bytes": runs[name].state_bytes} for name in names}
@@ -163,16 +162,16 @@ def time_steps(task: str, names: list[str], rounds: int, compiled: bool) -> dict
 
 def measure(options: Namespace) -> Iterator[dict[str, Any]]:
     start, workers, tasks = time.perf_counter(), torch.get_num_threads(), {}
-    payload = {"seeds": SEEDS, "rounds": options.rounds, "compiled": options.compile, "runs_at_once": workers, "tasks": tasks}
+    payload = {"seeds": SEEDS, "rounds": options.rounds, "runs_at_once": workers, "tasks": tasks}
     parameters = {task: sum(param.numel() for param in TASKS[task].data().model().parameters()) for task in options.tasks}
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, torch.set_num_threads, (1,)) as pool, ProgressLine("training") as line:
         for task in options.tasks:
             steps = QUICK_STEPS if options.quick else TASKS[task].steps
-            rest = (steps, QUICK_HELD_OUT_BATCHES if options.quick else None, options.compile)
+            rest = (steps, QUICK_HELD_OUT_BATCHES if options.quick else None)
             rates = {name: contender.rates(task) for name, contender in CONTENDERS.items() if task in contender.tasks}
             jobs = [Job(task, name, lr, seed, *rest) for name in rates for lr in rates[name] for seed in SEEDS]
-            timed = time_steps(task, list(rates), 1 if options.quick else options.rounds, options.compile)
+            timed = time_steps(task, list(rates), 1 if options.quick else options.rounds)
             tasks[task] = {"steps": steps, "parameters": parameters[task], "contenders": {}}
             with closing(pool.map(train, jobs)) as outcomes:  # closed, it drops the runs that have not begun
                 for done, name in enumerate(rates):
@@ -192,7 +191,6 @@ def of_rate(lr: float | None, outcomes: list[tuple[float, float]]) -> dict[str, 
 def main() -> None:
     options = parser(__doc__, rounds=15, redraw=True)
     options.add_argument("--tasks", nargs="+", choices=TASKS, default=list(TASKS), help="what to train (default: both)")
-    options.add_argument("--compile", action="store_true", help="compile our steps; else they are the multi-tensor path's")
     run_profile("variations", options.parse_args(), measure, table, draw)
 
 

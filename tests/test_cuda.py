@@ -22,7 +22,7 @@ pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 
-PATHS = [{"foreach": False}, {"compile": False}, {"compile": True}]
+PATHS = [{"foreach": False}, {"compile": False}, {"compile": True}, {"fused": True}]
 SHAPES = [(64, 33), (64, 33), (64, 33), (128, 128), (4, 1500), (4, 3, 3, 3), (4, 3, 1, 1), (65,), (65,), (5000,), ()]
 
 
@@ -188,7 +188,7 @@ def test_addresses_that_are_no_multiples_of_16(dtype):
     flat, of_cpu = torch.randn(64 * 48 + 5, device="cuda", dtype=dtype), torch.randn(64 * 48 + 5, dtype=dtype)
     of_cpu.copy_(flat)
     params, others = ([x[1:3073].view(64, 48).requires_grad_(), x[3073:].requires_grad_()] for x in (flat, of_cpu))
-    optimizer, reference = Adafactor(params, compile=True), Adafactor(others, foreach=False)
+    optimizer, reference = Adafactor(params, fused=True), Adafactor(others, foreach=False)
     for t in range(2):
         generator = torch.Generator().manual_seed(t)
         for p, q in zip(params, others, strict=True):

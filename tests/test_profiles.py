@@ -150,22 +150,23 @@ def test_main_job_is_deterministic(tmp_path):
         runs = list(pool.map(lambda directory: run(PROFILES / "train.py", "--quick", "--results", directory), directories))
     for directory, printed in zip(directories, runs, strict=True):
         assert "compiling Adafactor" not in printed.stderr  # no progress bar where there is no terminal
-        assert "| Adafactor, compiled" in printed.stdout
+        assert "| Adafactor, fused" in printed.stdout
         assert (directory / "train.png").stat().st_size > 10_000
         result = json.loads((directory / "train.json").read_text(encoding="utf-8"))
         assert f"{result['graphs_compiled']} graphs were compiled" in printed.stdout
         assert result["graphs_compiled"] > 0
         results.append(result["runs"])
     first, second = results
-    assert len(first) == 4
+    assert len(first) == 5
     for name, one in first.items():
         assert one["losses"] == second[name]["losses"], name
         assert one["held_out_loss"] == second[name]["held_out_loss"]
         assert one["losses"][-1] < one["losses"][0] - 1  # it learns
         assert one["state_bytes"] == second[name]["state_bytes"] > 0
-    compiled, reference = first["Adafactor, compiled"], first["Adafactor, reference path"]
-    assert compiled["losses"] == pytest.approx(reference["losses"], rel=1e-4)
-    assert compiled["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
+    reference = first["Adafactor, reference path"]
+    for name in ("Adafactor, fused", "Adafactor, compiled"):
+        assert first[name]["losses"] == pytest.approx(reference["losses"], rel=1e-4)
+        assert first[name]["state_bytes"] == reference["state_bytes"] < 0.02 * first["fused AdamW"]["state_bytes"]
 
 
 def test_first_steps_are_phases_of_one_case(shared, monkeypatch):
@@ -178,20 +179,22 @@ def test_first_steps_are_phases_of_one_case(shared, monkeypatch):
         return {"seconds": 2.0, "graphs": 4, "found_in_cache": len(caches) - 1}
 
     monkeypatch.setattr(compile_time, "first_step", first_step)
-    case = compile_time.measure_case(compile_time.Case("widths24", "adafactor", "gpt2"))
+    case = compile_time.measure_case(compile_time.Case("widths24", "compiled", "gpt2"))
     networks, directories = zip(*caches, strict=True)
     assert networks == ("widths24", "widths24", "gpt2", "widths24")  # cold, warm, another network, unseen
     assert directories[0] == directories[1] != directories[2] == directories[3]
     table = compile_time.table({"cases": [case]})
-    assert "2.0 (<= 15)" in table
+    assert "2.00 (<= 15)" in table
     assert "3 of 4" in table
 
 
 EAGER = ["1 x 2x3 float32 multi_tensor", "1 x 5 float32 multi_tensor", "2 x 4x3 float32 multi_tensor"]
 COMPILED = ["1 x 5 float32 step_vectors", "3 x 4x3 float32 step_small_matrices"]
+CALLS = {"fused": ["4 x 4x3 float32 fused"], "compiled": COMPILED, "eager": EAGER}
+PATHS = {"fused": {"fused": True}, "compiled": {"compile": True}, "eager": {"compile": False}}
 
 
-@pytest.mark.parametrize(("chosen", "names"), [({"compile": False}, EAGER), ({}, COMPILED)], ids=["eager", "compiled"])
+@pytest.mark.parametrize(("chosen", "names"), [(PATHS[path], CALLS[path]) for path in PATHS], ids=PATHS)
 def test_a_profiler_sees_the_calls_of_a_step(chosen, names):
     params = [torch.nn.Parameter(torch.ones(shape)) for shape in ((4, 3), (2, 3), (4, 3), (5,))]
     for param in params:
@@ -206,11 +209,12 @@ def test_a_profiler_sees_the_calls_of_a_step(chosen, names):
     assert named == [f"Adafactor: {name}" for name in names]
 
 
-def test_trace_sums_what_calls_of_one_name_cost(shared, tmp_path):
+@pytest.mark.parametrize(("path", "function"), [("fused", "fused"), ("compiled", "step_vectors")])
+def test_trace_sums_what_calls_of_one_name_cost(shared, tmp_path, path, function):
     import profile_trace
 
     with compiled_by(uncompiled):
-        row = profile_trace.measure_row("widths24", profile_trace.ROWS["widths24"], 1, tmp_path)
+        row = profile_trace.measure_row("widths24", profile_trace.ROWS["widths24"], path, 1, tmp_path)
     calls = row["calls"]
     assert sum(of_name["members"] for of_name in calls.values()) == 48
     assert all(of_name["ms"] > 0 for of_name in calls.values())
@@ -220,17 +224,17 @@ def test_trace_sums_what_calls_of_one_name_cost(shared, tmp_path):
     assert (tmp_path / "widths24.trace.json.gz").exists()
 
     reached = dict.fromkeys(("copy_memory", "read_memory", "copy_cache", "read_cache"), 10.0)
-    shared.write_result("trace", {"gigabytes_per_second": reached, "rows": {"widths24": row}}, tmp_path)
+    shared.write_result("trace", {"path": path, "gigabytes_per_second": reached, "rows": {"widths24": row}}, tmp_path)
     result = shared.read_result("trace", tmp_path)
-    assert "float32 step_vectors" in profile_trace.table(result)
+    assert f"float32 {function}" in profile_trace.table(result)
     assert shared.save_figure(profile_trace.draw(result), "trace", tmp_path).stat().st_size > 10_000
 
 
 @pytest.mark.parametrize(
     "command",
     [
-        ["step_time.py", "--contenders", "multi-tensor", "adamw-fused", "transformers"],
-        ["memory.py", "--contenders", "multi-tensor", "adamw-fused"],
+        ["step_time.py", "--contenders", "fused", "multi-tensor", "adamw-fused", "transformers"],
+        ["memory.py", "--contenders", "fused", "multi-tensor", "adamw-fused"],
         ["scaling.py", "--rounds", "1", "--contenders", "multi-tensor", "adamw-fused"],
     ],
     ids=lambda command: command[0],
@@ -270,11 +274,11 @@ class TestVariations:
         pytest.importorskip("sklearn")
         import variations
 
-        job = variations.Job("digits", variations.BASE, 1e-2, 0, 60, None, False)
+        job = variations.Job("digits", variations.BASE, 1e-2, 0, 60, None)
         loss, accuracy = variations.train(job)
         assert (loss, accuracy) == variations.train(job)
         assert accuracy > 0.5
-        timed = variations.time_steps("digits", [variations.BASE, 'factor_dims="largest"'], 1, False)
+        timed = variations.time_steps("digits", [variations.BASE, 'factor_dims="largest"'], 1)
         base, largest = (of_name["state_bytes"] for of_name in timed.values())
         assert largest < base
 

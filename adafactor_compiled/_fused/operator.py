@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,20 +24,20 @@ from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update import foreach
 from adafactor_compiled._update.members import Members
 
-def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequence[Tensor | None]) -> None:
+def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequence[Any]) -> None:
     """Step entries that have kernels, inside of an outer graph: a node for each device and each set of types and options.
 
     Args:
         entries: the members.
         tables: the numbers of each.
-        draws: of each that is rounded stochastically.
+        draws: of each that is rounded stochastically, else None.
     """
     for chosen in group_by_key(_kind_of(entry) for entry in entries).values():
         some = [entries[i] for i in chosen]
         factored = [factored_dims(x.param.shape, x.group) is not None for x in some]
         states = [x.state for x in some]
         momentum = momentum_of(some[0].param.dtype, some[0].group)
-        of_draws = [x for i in chosen if (x := draws[i]) is not None]
+        of_draws = [draws[i] for i in chosen]
         torch.ops.adafactor_compiled.step(
             [x.param.detach() for x in some],
             [x.grad for x in some],
@@ -45,7 +46,7 @@ def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequ
             [x["exp_avg"] for x in states] if momentum is not None else [],
             [x["RMS"] for x in states],
             torch.stack([tables[i] for i in chosen]),
-            torch.stack(of_draws) if of_draws else None,
+            None if of_draws[0] is None else torch.stack(of_draws),
             factored,
             is_cautious(momentum),
         )

@@ -27,14 +27,17 @@ class Table:
         self._is_written = torch.tensor([span[2] is not None for _, span in self._spans], device="cpu")
 
     def conflicts(self, addresses: list[int], grads: Sequence[Tensor]) -> set[int]:
-        """The members that write to memory which another tensor of the step has too, or which is not there.
+        """The members that write to memory which another tensor of the step has too: kernels would race in it.
 
-        Kernels would race in it. Gradients may share memory: they are only read. Nothing is looked at again where all lies as
-        it did before.
+        Gradients may share memory: they are only read. Nothing is looked at again where all lies as it did before.
+
+        Raises:
+            RuntimeError: memory was given back.
         """
         if addresses == self._last:
             return set()
-        found = {i for i, x in enumerate(self.members) if not _is_there(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])}
+        for i, x in enumerate(self.members):
+            _check_storages(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])
         starts = torch.tensor(addresses, dtype=torch.int64, device="cpu")[self._places]
         order = starts.argsort()
         starts, ends, written = starts[order], (starts + self._sizes)[order], self._is_written[order]
@@ -42,10 +45,9 @@ class Table:
         furthest_written = torch.where(written, ends, 0).cummax(0).values[:-1]
         if bool(((begins < furthest) & written[1:] | (begins < furthest_written)).any()):
             owners = [self._spans[i][0] for i in order.tolist()]
-            found |= _overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
-        if not found:
-            self._last = addresses
-        return found
+            return _overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
+        self._last = addresses
+        return set()
 
     def run(
         self,
@@ -81,16 +83,18 @@ def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
     return chosen
 
 
-def _is_there(x: Member, grad: Tensor, addresses: list[int]) -> bool:
-    """Whether all memory of a member is in storages that were not given back, as far as it lies elsewhere than before."""
+def _check_storages(x: Member, grad: Tensor, addresses: list[int]) -> None:
+    """Raise RuntimeError where memory of a member, as far as it lies elsewhere than before, is in no storage any more."""
     last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
     for column, size, tensor in x.spans:
         if addresses[column] != last[column]:
             tensor = grad if tensor is None else tensor
             if tensor.storage_offset() * tensor.itemsize + size > tensor.untyped_storage().nbytes():
-                return False
+                raise RuntimeError(
+                    f"parameter {x.position} (shape {tuple(x.shape)}), its gradient or its state has no memory; nothing was "
+                    "stepped"
+                )
     x.looked_at[:] = [addresses]
-    return True
 
 
 def _overlapping(spans: list[tuple[int, int, bool, int]]) -> set[int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.gpu.layout import is_gpu
+from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.members import addresses_in
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.plan import Plan
@@ -17,7 +17,7 @@ from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
 
 def skips_by_itself(device: torch.device) -> bool:
     """Whether kernels look at gradients before they write: those of a CPU do."""
-    return device.type == "cpu" and not is_gpu(device) and not torch.compiler.is_compiling()
+    return device.type == "cpu" and not gpu_layout.is_gpu(device) and not torch.compiler.is_compiling()
 
 
 class Gathered(NamedTuple):
@@ -40,7 +40,8 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
         found = addresses_in(member, entry.param, entry.grad, entry.state)
         if found is None:
             raise RuntimeError(
-                f"parameter {entry.position} (shape {tuple(entry.param.shape)}) has state without memory; nothing was stepped"
+                f"parameter {entry.position} (shape {tuple(entry.param.shape)}), its gradient or its state has no memory; "
+                "nothing was stepped"
             )
         addresses += (*found, 0)
     conflicts = table.conflicts(addresses, [entries[i].grad for i in plan.fused])

@@ -106,7 +106,7 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         _eager_parts(classes, [i for i in unsharded if i not in launched]),
         calls,
         launched,
-        _table_of(members, {j for j, i in enumerate(launched) if _is_unaligned(entries[i])}),
+        None if not members else _table_of(members, [entries[i] for i in launched]),
         sharded,
         moved,
         [] if inline else _passes_of(calls, [seen[i] for i in sharded]),
@@ -114,8 +114,9 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     )
 
 
-def _table_of(members: list[Member], unaligned: set[int]) -> Table | None:
-    return Table(members, launches_of([x.planned for x in members], unaligned)) if members else None
+def _table_of(members: list[Member], entries: list[Entry]) -> Table:
+    unaligned = {i for i, entry in enumerate(entries) if _is_unaligned(entry)}
+    return Table(members, launches_of([x.planned for x in members], unaligned))
 
 
 def _path_of(entry: Entry, fused: bool, apart: bool) -> str:

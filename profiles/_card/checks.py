@@ -20,6 +20,8 @@ PATHS: dict[str, dict[str, Any]] = {
     "multi-tensor, capturable": {"compile": False, "capturable": True},
     "compiled": {"compile": True},
     "compiled, capturable": {"compile": True, "capturable": True},
+    "fused": {"fused": True},
+    "fused, capturable": {"fused": True, "capturable": True},
 }
 Shapes = list[tuple[int, ...]]
 SMALL: Shapes = [(64, 48), (64, 48), (64, 48), (40,), (40,)]

@@ -22,8 +22,8 @@ SIZES = {"width": 512, "depth": 2, "heads": 8, "context": 256}
 TINY_SIZES = {"width": 16, "depth": 1, "heads": 2, "context": 16}
 BATCH, TINY_BATCH = 32, 2
 NONE = "no optimizer"
-KEYS = ["compiled", "adamw-fused", "adamw-foreach", "multi-tensor", "torch-foreach", "transformers"]
-IN_GRAPH = {"compiled": ours(capturable=True), "adamw-fused": adamw(fused=True)}
+KEYS = ["fused", "compiled", "adamw-fused", "adamw-foreach", "multi-tensor", "torch-foreach", "transformers"]
+IN_GRAPH = {"fused": ours(capturable=True), "adamw-fused": adamw(fused=True)}
 # The limit of graphs counts by code object; older releases have no way to keep it to one function.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 

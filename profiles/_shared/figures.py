@@ -35,12 +35,13 @@ STYLE: dict[str, Any] = {
     "lines.linewidth": 1.8,
 }
 
-# Okabe and Ito's colours, which readers with any colour vision can tell apart; the strongest two are for this package.
+# Okabe and Ito's colours, which readers with any colour vision can tell apart, and a dark blue; blues are for this package.
 COLORS = {
-    "compiled": "#0072b2",
+    "AdamW": "#e69f00",  # before "fused", which it may be too
+    "fused": "#0072b2",
+    "compiled": "#332288",
     "multi-tensor": "#56b4e9",
     "reference": "#009e73",
-    "AdamW": "#e69f00",
     "torch.optim.Adafactor": "#cc79a7",
     "transformers": "#d55e00",
     "timm": "#8c6d31",
@@ -49,7 +50,7 @@ COLORS = {
 
 
 def color_of(name: str) -> str:
-    """The colour of a contender: that of the entry of COLORS that its name contains, else a grey."""
+    """The colour of a contender: that of the first entry of COLORS that its name contains, else a grey."""
     return next((color for key, color in COLORS.items() if key.lower() in name.lower()), MUTED)
 
 

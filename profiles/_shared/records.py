@@ -86,7 +86,7 @@ def _processor() -> str:
 def _commit() -> str | None:
     """The commit, with a "+" where the code has changes that are in none; None outside a clone."""
     commit = _git("rev-parse", "--short=12", "HEAD")
-    changed = _git("status", "--porcelain", "--", "adafactor_compiled/*.py", "profiles/*.py")
+    changed = _git("status", "--porcelain", "--", "adafactor_compiled/*.py", "adafactor_compiled/*.cpp", "profiles/*.py")
     return commit and commit + ("+" if changed else "")
 
 

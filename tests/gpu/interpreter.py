@@ -13,7 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from adafactor_compiled._fused import launches as fused
 from adafactor_compiled._fused.gpu import launches
+from adafactor_compiled._fused.table import Table
 
 
 def why_not() -> str | None:
@@ -43,6 +45,7 @@ class Memory:
         self.ranges.clear()
         self.kept.clear()
         launches.try_out.cache_clear()
+        fused._ready.clear()
 
     def add(self, *tensors: Tensor) -> None:
         for x in tensors:
@@ -86,13 +89,13 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
         return call
 
-    ready_of = launches._ready
+    conflicts_of = Table.conflicts
 
-    def ready(launch: Any, entries: Any, update_rms: Any, tables: Any) -> Any:
-        for i in launch.positions:
-            _, param, grad, state, _ = entries[i]
-            memory.add(param, grad, update_rms[i], *(x for x in state.values() if isinstance(x, Tensor)))
-        return ready_of(launch, entries, update_rms, tables)
+    def conflicts(table: Table, addresses: list[int], grads: Any) -> set[int]:
+        for x, grad in zip(table.members, grads, strict=True):
+            factors = (x.rows, x.columns, x.exp_avg)
+            memory.add(x.param, grad, x.rms, x.update_rms, *(of.tensor for of in factors if of is not None))
+        return conflicts_of(table, addresses, grads)
 
     def step(run: Any) -> Any:
         def call(ready: Any, numbers: Tensor, draws: Tensor | None) -> None:
@@ -105,7 +108,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked(InterpreterBuilder.create_masked_load, 0))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
-    monkeypatch.setattr(launches, "_ready", ready)
+    monkeypatch.setattr(Table, "conflicts", conflicts)
     monkeypatch.setattr(launches, "_zeros", allowed(launches._zeros))
     monkeypatch.setattr(steps, "STEPS", {kind: step(run) for kind, run in steps.STEPS.items()})
     return memory

@@ -50,7 +50,7 @@ def all_swapped(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
 def kinds_of(optimizer: Adafactor) -> set[str]:
     plan = optimizer._stepper._plans[None]
     assert not plan.calls
-    return {launch.kernels.kind for launch in plan.launches}
+    return {launch.kernels.kind for launch in plan.table.launches}
 
 
 @COMMON
@@ -58,7 +58,7 @@ def kinds_of(optimizer: Adafactor) -> set[str]:
 def test_drawn_problems(on_gpu: Memory, problem: Problem) -> None:
     on_gpu.forget()
     with compiled_by(uncompiled):
-        check_against_reference(problem, "kernels", compile=True)
+        check_against_reference(problem, "kernels", fused=True)
 
 
 @COMMON
@@ -66,7 +66,7 @@ def test_drawn_problems(on_gpu: Memory, problem: Problem) -> None:
 def test_drawn_problems_in_parts(on_gpu: Memory, in_parts: None, problem: Problem) -> None:
     on_gpu.forget()
     with compiled_by(uncompiled):
-        check_against_reference(problem, "kernels, in parts", compile=True)
+        check_against_reference(problem, "kernels, in parts", fused=True)
 
 
 MATRICES_OF = [(70, 48), (33, 20), (3, 1500), (130, 16), (64, 64), (2, 40, 24), (6, 4, 3, 3), (6, 4, 1, 1)]
@@ -86,19 +86,19 @@ WITH = {
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_options(on_gpu: Memory, dtype: torch.dtype, options: dict[str, Any], layout: str) -> None:
     shapes = SHAPES if layout == "contiguous" else MATRICES_OF
-    check_against_reference(problem_of(*shapes, dtype=dtype, layout=layout, **options), "kernels", steps=2, compile=True)
+    check_against_reference(problem_of(*shapes, dtype=dtype, layout=layout, **options), "kernels", steps=2, fused=True)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "transposed"])
 def test_matrices_that_step_as_their_transposes(on_gpu: Memory, all_swapped: None, layout: str) -> None:
     problem = problem_of(*MATRICES_OF, layout=layout, beta1=0.9, cautious=True)
-    check_against_reference(problem, "kernels", steps=2, compile=True)
+    check_against_reference(problem, "kernels", steps=2, fused=True)
 
 
 @pytest.mark.parametrize("shape", [(6, 4, 3, 3), (2, 3, 5, 7), (4, 8, 7, 7)])
 def test_channels_last(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     problem = problem_of(shape, layout="channels_last", beta1=0.9)
-    check_against_reference(problem, "kernels", compile=True)
+    check_against_reference(problem, "kernels", fused=True)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +125,7 @@ def test_stochastic_rounding_draws_as_on_the_other_paths(
     both = []
     values = [torch.randn(shape, generator=generator) for shape in shapes]
     gradients = [[torch.randn(shape, generator=generator) for shape in shapes] for _ in range(2)]
-    for path in ({"compile": True}, {"foreach": False}):
+    for path in ({"fused": True}, {"foreach": False}):
         params = [Parameter(x.shape, dtype, layout, dtype, ()).make(generator) for x in values]
         for param, x in zip(params, values, strict=True):
             param.data.copy_(x)
@@ -143,13 +143,13 @@ def test_stochastic_rounding_draws_as_on_the_other_paths(
 
 def test_every_kind_of_launch(on_gpu: Memory) -> None:
     params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
-    optimizer = Adafactor(params, compile=True)
+    optimizer = Adafactor(params, fused=True)
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
     assert kinds_of(optimizer) == {MATRICES, SHORT, SLICES, VECTORS}
     assert not optimizer._stepper._plans[None].eager
-    assert all(line.path == "compiled" and line.compiled for line in optimizer.summary().classes)
+    assert all(line.path == "fused" and line.compiled for line in optimizer.summary().classes)
     assert on_gpu.accesses
 
 
@@ -161,7 +161,7 @@ def test_members_of_several_groups_have_their_own_numbers(on_gpu: Memory) -> Non
         )
         for lr in (1e-3, 3e-2)
     ]
-    check_against_reference(Problem(tuple(groups), 0), "kernels", steps=2, compile=True)
+    check_against_reference(Problem(tuple(groups), 0), "kernels", steps=2, fused=True)
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64,), (5008,)])
@@ -169,23 +169,23 @@ def test_addresses_that_are_no_multiples_of_16(on_gpu: Memory, shape: tuple[int,
     """Views of flat buffers lie anywhere: 128 bits at a time would be an error of the GPU."""
     param = torch.randn(torch.Size(shape).numel() + 1)[1:].view(shape).requires_grad_()
     other = param.detach().clone().requires_grad_()
-    optimizer, reference = Adafactor([param], compile=True), Adafactor([other], foreach=False)
+    optimizer, reference = Adafactor([param], fused=True), Adafactor([other], foreach=False)
     for p in (param, other):
         p.grad = torch.ones_like(p)
     optimizer.step()
     reference.step()
     torch.testing.assert_close(param, other)
-    (launch,) = optimizer._stepper._plans[None].launches
+    (launch,) = optimizer._stepper._plans[None].table.launches
     assert not launch.kernels.sixteens
 
 
 @pytest.mark.parametrize("shape", [(64, 48), (64,), (5008,)])
 def test_addresses_that_cease_to_be_multiples_of_16(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     param, flat = torch.randn(shape).requires_grad_(), torch.ones(torch.Size(shape).numel() + 1)
-    optimizer = Adafactor([param], compile=True)
+    optimizer = Adafactor([param], fused=True)
     param.grad = torch.ones_like(param)
     optimizer.step()
-    (launch,) = optimizer._stepper._plans[None].launches
+    (launch,) = optimizer._stepper._plans[None].table.launches
     assert launch.kernels.sixteens
     for of_param, aligned in ((torch.ones(shape), True), (flat[1:].view(shape), False)):
         param.grad = of_param
@@ -203,10 +203,10 @@ def optimizer_entries(optimizer: Adafactor) -> Any:
 def test_what_lies_elsewhere_is_found(on_gpu: Memory) -> None:
     """Gradients, parameters and states move between steps; what stays is not sent again."""
     param = torch.randn(8, 24).requires_grad_()
-    optimizer = Adafactor([param], compile=True)
+    optimizer = Adafactor([param], fused=True)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    (launch,) = optimizer._stepper._plans[None].launches
+    (launch,) = optimizer._stepper._plans[None].table.launches
     pointers = launch.there.pointers
     optimizer.step()
     assert launch.there.pointers is pointers
@@ -225,7 +225,7 @@ def test_what_lies_elsewhere_is_found(on_gpu: Memory) -> None:
 
 def test_state_without_memory(on_gpu: Memory) -> None:
     param = torch.randn(8, 24).requires_grad_()
-    optimizer = Adafactor([param], compile=True)
+    optimizer = Adafactor([param], fused=True)
     param.grad = torch.randn_like(param)
     optimizer.step()
     before = param.detach().clone()
@@ -241,7 +241,7 @@ def test_repeated_steps_give_the_same_bits(on_gpu: Memory) -> None:
     for _ in range(2):
         generator = torch.Generator().manual_seed(0)
         params = [torch.randn(shape, generator=generator).requires_grad_() for shape in SHAPES]
-        optimizer = Adafactor(params, compile=True, beta1=0.9)
+        optimizer = Adafactor(params, fused=True, beta1=0.9)
         for _ in range(2):
             for param in params:
                 param.grad = torch.randn(param.shape, generator=generator)
@@ -252,7 +252,7 @@ def test_repeated_steps_give_the_same_bits(on_gpu: Memory) -> None:
 
 def test_autograd_sees_what_a_step_writes(on_gpu: Memory) -> None:
     params = [torch.randn(shape).requires_grad_() for shape in SHAPES]
-    optimizer = Adafactor(params, compile=True, beta1=0.9)
+    optimizer = Adafactor(params, fused=True, beta1=0.9)
     for param in params:
         param.grad = torch.randn_like(param)
     loss = (params[0] * params[0]).sum()
@@ -267,7 +267,7 @@ def test_an_interrupted_step_says_who_was_stepped(on_gpu: Memory, monkeypatch: p
     from adafactor_compiled._fused.gpu import steps
 
     params = [torch.randn(shape).requires_grad_() for shape in [(8, 24), (31,)]]
-    optimizer = Adafactor(params, compile=True)
+    optimizer = Adafactor(params, fused=True)
     for param in params:
         param.grad = torch.randn_like(param)
     optimizer.step()
@@ -306,7 +306,7 @@ def test_bytes_that_are_said_to_be_moved(
             return run
 
     param = torch.randn(shape).requires_grad_()
-    optimizer = Adafactor([param], compile=True, beta1=momentum)
+    optimizer = Adafactor([param], fused=True, beta1=momentum)
     param.grad = torch.randn_like(param)
     optimizer.step()
     for name in _gpu_step.KERNELS:
@@ -330,7 +330,7 @@ def test_state_that_was_changed_in_its_place(on_gpu: Memory, key: str, change: A
     """Kernels know addresses alone: a state of another dtype or stride is made to fit before they see it."""
     param = torch.randn(8, 24).requires_grad_()
     other = param.detach().clone().requires_grad_()
-    optimizer, reference = Adafactor([param], compile=True, beta1=0.9), Adafactor([other], foreach=False, beta1=0.9)
+    optimizer, reference = Adafactor([param], fused=True, beta1=0.9), Adafactor([other], foreach=False, beta1=0.9)
     for p in (param, other):
         p.grad = torch.ones_like(p)
     for of in (optimizer, reference):
@@ -347,10 +347,10 @@ def test_state_that_was_changed_in_its_place(on_gpu: Memory, key: str, change: A
 def test_what_is_sent_while_a_graph_is_captured_serves_no_other_step(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sent when the graph is replayed, and not before: a step in between would read addresses that are not there."""
     param = torch.randn(8, 24).requires_grad_()
-    optimizer = Adafactor([param], compile=True, capturable=True)
+    optimizer = Adafactor([param], fused=True, capturable=True)
     param.grad = torch.ones_like(param)
     optimizer.step()
-    (launch,) = optimizer._stepper._plans[None].launches
+    (launch,) = optimizer._stepper._plans[None].table.launches
     known = launch.there.pointers
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(launches, "_captured", [])
@@ -373,7 +373,7 @@ def test_what_is_sent_while_a_graph_is_captured_serves_no_other_step(on_gpu: Mem
 def test_a_square_that_overflows_spoils_no_vector(on_gpu: Memory, shape: tuple[int, ...]) -> None:
     """But what has rows: one that is infinite is divided by the average of all."""
     param = torch.ones(shape).requires_grad_()
-    optimizer = Adafactor([param], compile=True)
+    optimizer = Adafactor([param], fused=True)
     param.grad = torch.ones(shape)
     param.grad.view(-1)[0] = 1e30
     optimizer.step()
@@ -386,5 +386,5 @@ def test_a_row_without_gradient_beside_large_ones(on_gpu: Memory) -> None:
     for param in params:
         param.grad = torch.full_like(param, 1e8)
         param.grad[..., 0, :] = 0
-    Adafactor(params, compile=True).step()
+    Adafactor(params, fused=True).step()
     assert all(param.isfinite().all() for param in params)

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+from compilers import compiled_by, uncompiled
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.toolchain import cause_of
+from adafactor_compiled._fused import launches as fused
 from adafactor_compiled._fused.gpu import launches, layout
 from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
 from adafactor_compiled._state.layout import contiguous_stride
@@ -70,7 +71,7 @@ COVERED = [
 
 @pytest.mark.parametrize("stride", [(131_072, 1), (1, 16)])
 def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -> None:
-    (launch,) = launches.launches_of([(class_of(16, 131_072, stride=stride), [0])])
+    (launch,) = launches.launches_of([class_of(16, 131_072, stride=stride)])
     assert launch.kernels.swapped
     assert len(launch.tables.jobs) == 32
 
@@ -79,7 +80,7 @@ def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -
 def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     """Blocks of rows of all units are the whole parameter; sums and partial sums have places of their own."""
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 2**40)
-    (launch,) = launches.launches_of([(class_of(*shape), [0, 1, 2])])
+    (launch,) = launches.launches_of([class_of(*shape)] * 3)
     units, members = launch.tables.units.tolist(), launch.tables.members.tolist()
     assert len(members) == len(launch.positions)
     counts = torch.bincount(launch.tables.jobs, minlength=len(units)).tolist()
@@ -104,7 +105,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
 def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
     """Wide matrices have sums as large as a tenth of them: they share the memory, one launch after the other."""
     of = class_of(4096, 4096)
-    made = launches.launches_of([(of, list(range(40)))])
+    made = launches.launches_of([of] * 40)
     assert sorted(i for launch in made for i in launch.positions) == list(range(40))
     most = 40 * of.numel * 4 // 32
     assert max(launch.partial for launch in made) * 4 <= most
@@ -122,7 +123,7 @@ def without_triton(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
                 raise ModuleNotFoundError("No module named 'triton'", name="triton")
 
     monkeypatch.delitem(sys.modules, "adafactor_compiled._fused.gpu.steps", raising=False)
-    monkeypatch.setattr(passes, "_ready", {})
+    monkeypatch.setattr(fused, "_ready", {})
     monkeypatch.setattr(sys, "meta_path", [Finder, *sys.meta_path])
     for cached in (layout.kernels_of, launches.try_out):
         cached.cache_clear()
@@ -135,13 +136,14 @@ def test_without_triton(without_triton: None) -> None:
     params = [torch.randn(8, 24).requires_grad_() for _ in range(2)]
     params[0].grad, params[1].grad = torch.ones(8, 24), torch.ones(8, 24)
     before = params[0].detach().clone()
-    optimizer = Adafactor(params[:1], compile=True)
+    optimizer = Adafactor(params[:1], fused=True)
     with pytest.raises(RuntimeError, match="but Triton is missing, which makes the kernels of a GPU; install it"):
         optimizer.step()
     assert torch.equal(params[0], before)
     other = Adafactor(params[1:])
-    with pytest.warns(UserWarning, match="steps without torch.compile, since Triton is missing"):
+    with compiled_by(uncompiled), pytest.warns(UserWarning, match="steps without its fused kernels, since Triton is missing"):
         other.step()
+    assert [line.path for line in other.summary().classes] == ["compiled"]
 
 
 def test_without_a_c_compiler() -> None:

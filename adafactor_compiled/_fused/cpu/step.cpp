@@ -456,7 +456,13 @@ static void from_lanes(A *x, const V *lanes, int each, int w) {
     for (int k = 0; k < w; k++) for (int e = 0; e < each; e++) x[k * each + e] = from[e * WIDTH + k];
   }
 }
-INLINE double sum(V x, int w) { double total = 0; for (int k = 0; k < w; k++) total += x[k]; return total; }
+INLINE A sum(const V &x, int w) {
+  const A *of = (const A *)&x;
+  A total = 0;
+  #pragma omp simd reduction(+ : total)
+  for (int k = 0; k < WIDTH; k++) total += k < w ? of[k] : 0;
+  return total;
+}
 
 // Some slices from n on, in a row or, as in channels_last, side by side. Lanes from w on hold anything.
 struct Tile {
@@ -496,7 +502,11 @@ struct Tile {
       col[j] = col[j] * s.beta2 + (sq * ((A)1 / R) + s.eps) * s.rest;
     }
   }
+  // Fetched ahead, or reads that miss are what it waits for; apply then waits for its roots and divisions.
   void statistics(Sums &sums) {
+    constexpr int AHEAD = 1024;
+    for (int k = 0; !beside && k < w * E; k += WIDTH)
+      __builtin_prefetch(s.at.g + n * E + AHEAD + k, 0, 2), __builtin_prefetch(s.at.p + n * E + AHEAD + k, 0, 2);
     average();
     V update_sq = {};
     for (int j = 0; j < C; j++) col[j] = 1 / col[j];
@@ -518,8 +528,8 @@ struct Tile {
     average();
     if (!COUNT) from_lanes(s.at.row + n * R, row, R, w), from_lanes(s.at.col + n * C, col, C, w);
     V of_slice = row_sum * ((A)1 / R);
-    for (int k = 0; k < WIDTH; k++) of_slice[k] = s.scale * std::sqrt(of_slice[k]);
-    A *x = (A *)averages;
+    A *of = (A *)&of_slice, *x = (A *)averages;
+    SIMD for (int k = 0; k < WIDTH; k++) of[k] = s.scale * std::sqrt(of[k]);  // the lanes of a V, one by one, stay scalar
     SIMD for (int k = 0; k < (R + C) * WIDTH; k++) x[k] = 1 / std::sqrt(x[k]);
     for (int i = 0; i < R; i++) for (int j = 0; j < C; j++) elements[i * C + j] = row[i] * of_slice * col[j];
     if (!beside) from_lanes(flat, elements, E, w);
