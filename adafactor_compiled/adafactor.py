@@ -57,10 +57,11 @@ class Adafactor(Optimizer):
         relative_step: let the step count choose the learning rate; excludes `lr`.
         warmup_init: start the relative step at 1e-6 a step; needs `relative_step`.
         foreach: False takes the eager per-parameter path, uncompiled; True a multi-tensor path.
-        compile: True compiles the multi-tensor path with torch.compile and raises where that does not work; False keeps it eager.
-        fused: True steps by kernels of our own, C++ on a CPU and Triton on a GPU, and raises where those cannot be compiled. By
-            default fused kernels step what they can; where they cannot be compiled a warning says why, and the multi-tensor path
-            steps, compiled if that works.
+        compile: True compiles the multi-tensor path with torch.compile and raises where that does not work; False keeps it
+            eager.
+        fused: True steps by kernels of our own, C++ on a CPU and Triton on a GPU, and raises where those cannot be compiled.
+            By default fused kernels step what they can; where they cannot be compiled a warning says why, and the multi-tensor
+            path steps, compiled if that works.
         maximize: maximize the objective; gradients are left as they are.
         capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
             a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.

@@ -30,7 +30,7 @@ class ClassSummary(NamedTuple):
         momentum: whether there is an `exp_avg`.
         state_bytes: memory of the members' state, of all ranks where it is sharded.
         path: "fused", "compiled", "multi_tensor", "reference" or "sharded".
-        compiled: whether all that a fused or compiled class runs, on its own piece where it is sharded, is compiled in this process.
+        compiled: whether all that a class runs, on its own piece where it is sharded, is compiled in this process.
         compile_seconds: what compiling that took in this process; classes share most of it.
     """
 

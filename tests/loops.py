@@ -157,7 +157,7 @@ class Loop:
         self.model, self.reference_model = model, copy.deepcopy(model)
         options = {"capturable": True, **options}
         plain = {key: float(x) if isinstance(x, Tensor) else x for key, x in options.items()}
-        plain |= {"foreach": False, "compile": None, "capturable": False}
+        plain |= {"foreach": False, "compile": None, "fused": None, "capturable": False}
         self.optimizer = Adafactor(model.parameters(), **options)
         self.reference = Adafactor(self.reference_model.parameters(), **plain)
         self.compare_state = compare_state

@@ -143,7 +143,15 @@ MEMBERS: dict[Any, tuple[Typical, str]] = {
 def _step_kernels(make: Make) -> tuple[Any, ...]:
     (rows, columns), (n,) = make.key.sizes[:2], make.sizes(Typical((4000,), (0,)))
     (p, g), exp_avg = make.p_and_g(n, rows, columns), make.exp_avg(n, rows, columns)
-    lists: list[list[Tensor]] = [[p], [g], [make.of(n, rows)], [make.of(n, columns)], [], [] if exp_avg is None else [exp_avg], []]
+    lists: list[list[Tensor]] = [
+        [p],
+        [g],
+        [make.of(n, rows)],
+        [make.of(n, columns)],
+        [],
+        [] if exp_avg is None else [exp_avg],
+        [],
+    ]
     return (Members(*lists, make.table(1), make.draws(1), is_cautious(make.key.momentum)),)
 
 

@@ -1,7 +1,7 @@
 """The fused kernels of all devices, by one vocabulary.
 
-A *member* is a parameter that kernels step, with its gradient and state. A *launch* steps many members of the same types, on one
-device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work, which
+A *member* is a parameter that kernels step, with its gradient and state. A *launch* steps many members of the same types, on
+one device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work, which
 shapes alone decide. On a CPU a launch is a call of C++ (cpu/), on a GPU some kernels of Triton's (gpu/).
 """
 
@@ -20,8 +20,8 @@ from adafactor_compiled._fused.gpu import launches as gpu
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._state.shape_class import ShapeClass
 
-# Of a member: parameter, gradient, rows, columns, momentum, its RMS and that of its update, and a row of the numbers. What is kept
-# as a whole stands for rows and columns, and for a momentum where there is none.
+# Of a member: parameter, gradient, rows, columns, momentum, its RMS and that of its update, and a row of the numbers. What is
+# kept as a whole stands for rows and columns, and what stands for rows for a momentum where there is none.
 ADDRESSES = gpu.ADDRESSES
 Kernels = cpu_layout.Kernels | gpu_layout.Kernels
 

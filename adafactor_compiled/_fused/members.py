@@ -1,4 +1,4 @@
-"""A member as it was when its place in a launch was decided: what a step looks at before kernels, which know addresses only, run.
+"""A member as it was when its place in a launch was decided: what a step looks at before kernels, which know addresses, run.
 
 Dtype, device, shape, strides and address of every tensor, state included, are looked at in each step.
 """
@@ -38,7 +38,7 @@ class Member(NamedTuple):
     of: ShapeClass  # of the parameter as kernels see it
     planned: Planned
     type: type
-    index: int  # of its device
+    device_index: int
     dtype: torch.dtype
     grad_dtype: torch.dtype
     shape: torch.Size
@@ -86,7 +86,7 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor) -> Member:
         of=of,
         planned=planned(of),
         type=type(p),
-        index=p.get_device(),
+        device_index=p.get_device(),
         dtype=p.dtype,
         grad_dtype=g.dtype,
         shape=p.shape,
@@ -111,7 +111,7 @@ def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> i
 
 def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ...] | None:
     """Where the tensors of a member lie, all but its numbers; None where anything is not as it was, or has no memory."""
-    index, shape, stride = x.index, x.shape, x.stride
+    index, shape, stride = x.device_index, x.shape, x.stride
     if (
         type(g) is not Tensor
         or type(p) is not x.type
@@ -155,4 +155,5 @@ def _address_of(x: Factor, state: State, index: int) -> int:
         or tensor.get_device() != index
     ):
         return 0
-    return tensor.data_ptr()
+    address: int = tensor.data_ptr()
+    return address

@@ -1,7 +1,7 @@
 """The fused step as one operator, a node of whatever graph torch.compile makes of a training loop.
 
-Its lists are the members of a launch. Inside of the graph nothing of the step is compiled, whatever the number of parameters, and
-kernels write to the tensors themselves: Dynamo is told which lists are written, and Inductor calls an operator without copies.
+Its lists are the members of a launch. Inside of the graph nothing of the step is compiled, whatever the number of parameters,
+and kernels write to the tensors themselves: Dynamo is told which lists are written, and Inductor calls an operator without copies.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update import foreach
 from adafactor_compiled._update.members import Members
+
 
 def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequence[Any]) -> None:
     """Step entries that have kernels, inside of an outer graph: a node for each device and each set of types and options.

@@ -117,7 +117,6 @@ class Again:
         tables = [rows[i] for i in addresses[ADDRESSES - 1 :: ADDRESSES]]
         return Record([x.param for x in chosen], tables, [x.rms for x in chosen], [x.update_rms for x in chosen], skipped)
 
-
     def _table_of(self, members: list[Member], addresses: list[int]) -> Table:
         """The last one of these members, or a new one."""
         key = tuple(map(id, members))

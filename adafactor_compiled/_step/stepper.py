@@ -46,7 +46,7 @@ class Stepper:
             warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=3)
 
     def again(self, optimizer: Optimizer) -> bool:
-        """Take the last step again, with other gradients and numbers; False, and nothing has changed, where it is another one."""
+        """Take the last step again, with other gradients and numbers; False, and nothing has changed, if it is another one."""
         if torch.compiler.is_compiling() or scaling.Scaling.of(optimizer) is not None:
             return False
         record = self._again.step(optimizer)

@@ -39,7 +39,7 @@ optimizer.step()
 expected.step()
 report["goes_on_without"] = same(params_of(optimizer), params_of(expected))
 
-optimizer, expected = Adafactor(make()), Adafactor(make(), compile=False)
+optimizer, expected = Adafactor(make(), fused=False), Adafactor(make(), compile=False)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):
@@ -144,7 +144,7 @@ def test_switched_off(name: str, tmp_path: Path) -> None:
 def test_switched_off_for_a_while(tmp_path: Path) -> None:
     """And on again: then the compiler is missed, and a step without it is warned of."""
     body = """
-optimizer, expected, said = Adafactor(make()), Adafactor(make(), compile=False), []
+optimizer, expected, said = Adafactor(make(), fused=False), Adafactor(make(), compile=False), []
 for stance in ("force_eager", "default"):
     with torch.compiler.set_stance(stance), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -164,7 +164,7 @@ print(json.dumps([said, same(params_of(optimizer), params_of(expected))]))
 def test_a_checkpoint_brings_no_second_try(tmp_path: Path) -> None:
     """Nor a second warning."""
     body = """
-optimizer = Adafactor(make())
+optimizer = Adafactor(make(), fused=False)
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(3):

@@ -82,7 +82,7 @@ struct Member {
 enum { GROUPS, SLICES, LANES, VECTOR, TWICE };
 struct Numbers {
   double lr, beta2, one_minus_beta2, eps, min_scale, scale_parameter, clip_threshold, beta1, one_minus_beta1, weight_decay;
-  double decay_by_lr, sign, skips_nonfinite;
+  double decay_by_lr, sign, skips_nonfinite, one;
 };
 constexpr double LEAST_SHARE = LEAST;  // momentum.py
 

@@ -32,7 +32,11 @@ class Launch:
 
     def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int]) -> None:
         self.kernels, self.shape_class, self.positions = layout.kernels, members[positions[0]], positions
-        self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # elements of sums of blocks, numbers
+        self.tables, self.partial, self.sums = (
+            layout.tables(),
+            layout.partial,
+            layout.sums,
+        )  # elements of sums of blocks, numbers
         self.there = There()
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> None:

@@ -87,7 +87,7 @@ def reference_of(optimizer: Adafactor) -> Adafactor:
     groups = []
     for group in optimizer.param_groups:
         params = [plain(p).requires_grad_() for p in group["params"]]
-        groups.append({**group, "params": params, "foreach": False, "compile": None})
+        groups.append({**group, "params": params, "foreach": False, "compile": None, "fused": None})
     reference = Adafactor(groups)
     for ours, theirs in zip(params_of(optimizer), params_of(reference), strict=True):
         theirs.grad = None if ours.grad is None else plain(ours.grad)

@@ -42,7 +42,8 @@ def fork(path: str) -> None:
     _, optimizer = made(path, before=2)
     _, another = made(path)
     for group in (*optimizer.param_groups, *another.param_groups):
-        group["compile"] = None if path == "compiled" else group["compile"]
+        if path == "compiled":
+            group["compile"], group["fused"] = None, False
 
     def run() -> None:
         for own in (optimizer, another):

@@ -93,7 +93,17 @@ def test_kinds_are_what_they_are_said_to_be(name: str) -> None:
 @pytest.mark.parametrize("options", [{}, MOMENTUM, {**MOMENTUM, "cautious": True}, ROUNDING], ids=str)
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16], ids=str)
 def test_any_number_of_threads_gives_the_same_bits(options: dict[str, Any], dtype: torch.dtype) -> None:
-    shapes = [(531, 1030), (3, 600, 501), (300, 30, 40), (130, 257, 3, 3), (600_011,), (700, 501, 1, 1), (24, 40), (17,), (8, 4, 3, 3)]
+    shapes = [
+        (531, 1030),
+        (3, 600, 501),
+        (300, 30, 40),
+        (130, 257, 3, 3),
+        (600_011,),
+        (700, 501, 1, 1),
+        (24, 40),
+        (17,),
+        (8, 4, 3, 3),
+    ]
     problem, results = problem_of(*shapes, dtype=dtype, **options), []
     before = torch.get_num_threads()
     try:
@@ -130,10 +140,17 @@ def test_rounding_draws_the_noise_of_the_reference(memory: str, dtype: torch.dty
     optimizer.step()
     reference.step()
     pairs = list(zip(params_of(optimizer), params_of(reference), strict=True))
-    pairs += [(optimizer.state[p][key], reference.state[q][key]) for p, q in pairs for key in ("exp_avg",) if key in reference.state[q]]
+    pairs += [
+        (optimizer.state[p][key], reference.state[q][key])
+        for p, q in pairs
+        for key in ("exp_avg",)
+        if key in reference.state[q]
+    ]
     for x, y in pairs:
         if x.dtype is not FLOAT32:
-            differ = (x != y).double().mean()  # where a value before rounding is off by a digit of float32 and lies at a midpoint
+            differ = (
+                (x != y).double().mean()
+            )  # where a value before rounding is off by a digit of float32 and lies at a midpoint
             assert differ < 2e-3, (x.shape, float(differ))
 
 
@@ -243,7 +260,9 @@ def test_skipping_copies_nothing_and_writes_nothing(shapes: list[tuple[int, ...]
     optimizer.step()
     for spoiled in (float("nan"), float("inf")):
         params[0].grad[3, 5] = spoiled
-        versions = [x.clone() for x in (params[0].detach(), *(v for v in optimizer.state[params[0]].values() if torch.is_tensor(v)))]
+        versions = [
+            x.clone() for x in (params[0].detach(), *(v for v in optimizer.state[params[0]].values() if torch.is_tensor(v)))
+        ]
         count = optimizer.state[params[0]]["step"]
         optimizer.step()
         after = (params[0].detach(), *(v for v in optimizer.state[params[0]].values() if torch.is_tensor(v)))
