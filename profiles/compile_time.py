@@ -28,7 +28,7 @@ from _shared import color_of, figures, markdown_table, parser, run_profile
 
 CHILD = Path(__file__).with_name("_first_step.py")
 NAMES = {"fused": "Adafactor, fused", "compiled": "Adafactor, compiled", "adamw": "torch.compile(AdamW.step)"}
-FUSED, OTHERS = {"cold": 6.0, "warm": 0.3}, {"cold": 60.0, "warm": 12.0, "unseen": 15.0}
+FUSED, OTHERS = {"cold": 6.0, "warm": 0.3}, {"cold": 60.0, "warm": 12.0, "unseen": 15.0}  # goals
 COMPILED = {"gpt2": {"cold": 45.0, "warm": 10.0, "unseen": 12.0}, "resnet50": OTHERS, "widths24": OTHERS}
 AFTER = {"gpt2": "t5-small", "resnet50": "gpt2", "widths24": "gpt2", "t5-small": "gpt2", "lora-8b": "gpt2", "vit-b16": "gpt2"}
 DEFAULT = ["gpt2", "resnet50", "widths24"]

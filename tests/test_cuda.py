@@ -252,11 +252,12 @@ def waiting_is_an_error():
         torch.cuda.set_sync_debug_mode("default")
 
 
+@pytest.mark.parametrize(("dtype", "options"), [(torch.float32, {}), (torch.bfloat16, {"stochastic_rounding": True})], ids=str)
 @pytest.mark.parametrize("path", PATHS, ids=str)
 @pytest.mark.parametrize("capturable", [False, True])
-def test_a_step_never_waits_for_the_device(path, capturable):
-    params = problem()
-    optimizer = Adafactor(params, **path, capturable=capturable)
+def test_a_step_never_waits_for_the_device(path, capturable, dtype, options):
+    params = [*problem(dtype), torch.zeros(16, 65_536, device="cuda", dtype=dtype).requires_grad_()]  # the last one is swapped
+    optimizer = Adafactor(params, **path, **options, capturable=capturable)
     for t in range(4):
         set_gradients(params, t)
         torch.cuda.synchronize()

@@ -142,17 +142,10 @@ MEMBERS: dict[Any, tuple[Typical, str]] = {
 
 def _step_kernels(make: Make) -> tuple[Any, ...]:
     (rows, columns), (n,) = make.key.sizes[:2], make.sizes(Typical((4000,), (0,)))
-    (p, g), exp_avg = make.p_and_g(n, rows, columns), make.exp_avg(n, rows, columns)
-    lists: list[list[Tensor]] = [
-        [p],
-        [g],
-        [make.of(n, rows)],
-        [make.of(n, columns)],
-        [],
-        [] if exp_avg is None else [exp_avg],
-        [],
-    ]
-    return (Members(*lists, make.table(1), make.draws(1), is_cautious(make.key.momentum)),)
+    exp_avg = make.exp_avg(n, rows, columns)
+    member = *make.p_and_g(n, rows, columns), make.of(n, rows), make.of(n, columns), None, exp_avg, None
+    table = make.of(1, len(Numbers._fields)).fill_(0.5)
+    return (Members.of([member], table, make.draws(1), is_cautious(make.key.momentum)),)
 
 
 def _lead(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -1,8 +1,8 @@
 """The fused kernels of all devices, by one vocabulary.
 
 A *member* is a parameter that kernels step, with its gradient and state. A *launch* steps many members of the same types, on
-one device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work, which
-shapes alone decide. On a CPU a launch is a call of C++ (cpu/), on a GPU some kernels of Triton's (gpu/).
+one device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work,
+which shapes alone decide. On a CPU a launch is a call of C++ (cpu/), on a GPU some kernels of Triton's (gpu/).
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> 
     if on_cpu:
         launches += _moved(cpu.launches_of([x for _, x in on_cpu]), [i for i, _ in on_cpu])  # type: ignore[misc]
     if on_gpu:
-        of_gpu = gpu.launches_of([members[i].of for i in on_gpu], {on_gpu.index(i) for i in unaligned})
+        of_gpu = gpu.launches_of([members[i].of for i in on_gpu], {j for j, i in enumerate(on_gpu) if i in unaligned})
         launches += _moved(of_gpu, on_gpu)
     return launches
 

@@ -55,6 +55,8 @@ class Member(NamedTuple):
     written: list[Tensor]
     looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
 
+    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors would be compared by their elements
+
 
 class Span(NamedTuple):
     """Memory of a member."""

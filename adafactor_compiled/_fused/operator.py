@@ -1,7 +1,7 @@
 """The fused step as one operator, a node of whatever graph torch.compile makes of a training loop.
 
 Its lists are the members of a launch. Inside of the graph nothing of the step is compiled, whatever the number of parameters,
-and kernels write to the tensors themselves: Dynamo is told which lists are written, and Inductor calls an operator without copies.
+and kernels write to the tensors themselves: Dynamo is told which lists are written, and Inductor calls it without copies.
 """
 
 from __future__ import annotations

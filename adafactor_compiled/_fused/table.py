@@ -20,6 +20,7 @@ class Table:
         self.members, self.launches = members, launches
         self._written = [tensor for x in members for tensor in x.written]
         self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
+        self.done: list[int] = []  # members that the present run has stepped
         self._last: list[int] = []  # addresses of memory that was looked at
         self._spans = [(i, span) for i, x in enumerate(members) for span in x.spans]
         self._places = torch.tensor([i * ADDRESSES + span[0] for i, span in self._spans], device="cpu")
@@ -62,7 +63,7 @@ class Table:
             numbers: rows of `Numbers`, or those of each device and dtype of the arithmetic.
             draws: of members that are rounded stochastically.
         """
-        table = array("q", addresses)
+        table, self.done = array("q", addresses), []
         skipped: set[int] = set()
         for launch in self.launches:
             of, positions = launch.kernels, launch.positions
@@ -70,6 +71,7 @@ class Table:
             key = launch.shape_class.device, compute_dtype(of.dtype)
             of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
             flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
+            self.done += positions
             if flags is not None and any(flags):
                 skipped |= {i for i, flag in zip(positions, flags, strict=True) if flag}
         torch.autograd.graph.increment_version(self._written)  # as operations of torch do by themselves

@@ -19,6 +19,7 @@ from adafactor_compiled._fused.table import Table
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._step.faults import note
 from adafactor_compiled._step.fused import skips_by_itself
 from adafactor_compiled._step.plan import Plan, options_of
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
@@ -38,10 +39,13 @@ class Again:
         self._table: Table | None = None
         self._tables: dict[tuple[int, ...], Table] = {}  # by the ids of the members, the last ones last
 
-    def learn(self, plan: Plan, entries: Sequence[Entry]) -> None:
-        """Know the members of a plan, if all that it steps can be stepped so."""
-        if plan.table is None or len(plan.fused) < len(entries):
+    def learn(self, plan: Plan, entries: Sequence[Entry], groups: Sequence[Group]) -> None:
+        """Know the members of a plan, if all that it steps can be stepped so; and forget what has left its group."""
+        if plan.table is None or len(plan.fused) < len(entries) or plan.update_rms[0].is_inference():
             return self.forget()
+        present = {id(p) for group in groups for p in group["params"]}
+        if not self._members.keys() <= present:
+            self.forget()
         for entry in entries:
             group = entry.group
             plain = not group["capturable"] and (group["relative_step"] or not isinstance(group["lr"], Tensor))
@@ -57,7 +61,7 @@ class Again:
 
     def step(self, optimizer: Optimizer) -> Record | None:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
-        if self._table is None:
+        if self._table is None or sum(len(group["params"]) for group in optimizer.param_groups) < len(self._members):
             return None
         known, states_of = self._members, optimizer.state
         chosen: list[Member] = []
@@ -66,17 +70,19 @@ class Again:
         addresses: list[int] = []
         counts: list[int] = []
         rows: list[tuple[Any, ...]] = []
-        skips = False
+        skips, position = False, -1
         for group in optimizer.param_groups:
             if self._options.get(id(group)) != options_of(group) or _needs_tensors(group):
                 return None
             skips, row, last = skips or group["nonfinite"] == "skip", -1, None
             for p in group["params"]:
-                g = p.grad
+                g, position = p.grad, position + 1
                 if g is None:
                     continue
                 member, state = known.get(id(p)), states_of.get(p)
-                if member is None or member.param is not p or member.group is not group or state is None:
+                if member is None or member.param is not p or member.group is not group or member.position != position:
+                    return None
+                if state is None:
                     return None
                 found, count = addresses_in(member, p, g, state), state.get("step")
                 if found is None or type(count) is not int:
@@ -104,9 +110,10 @@ class Again:
                 state["step"] += 1
             with range_of_table(table) if profiled() else UNNAMED:
                 kept = table.run(addresses, numbers, draws)
-        except BaseException:
-            for state, count in zip(states, counts, strict=True):
-                state["step"] = count
+        except BaseException as error:
+            for i in set(range(len(chosen))) - set(table.done):
+                states[i]["step"] = counts[i]
+            note(error, [chosen[i].position for i in table.done], len(chosen))
             raise
         skipped: list[Tensor | None] = [None] * len(chosen)
         for i, member in enumerate(chosen) if skips else ():

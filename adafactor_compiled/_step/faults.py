@@ -34,7 +34,7 @@ def counts_kept_true(entries: Sequence[Entry]) -> Iterator[None]:
                 entry.state["step"].copy_(step)
             else:
                 entry.state["step"] = step
-        _note(error, stepped, len(entries))
+        note(error, stepped, len(entries))
         raise
 
 
@@ -53,7 +53,8 @@ def _copied(steps: list[int | Tensor]) -> list[int | Tensor]:
     return copies
 
 
-def _note(error: BaseException, stepped: list[int], count: int) -> None:
+def note(error: BaseException, stepped: list[int], count: int) -> None:
+    """Say on an exception which of so many parameters had been stepped, where it were some."""
     if not stepped or len(stepped) == count:
         return
     text = (

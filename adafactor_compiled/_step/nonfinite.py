@@ -1,8 +1,8 @@
 """`nonfinite="skip"`: a parameter whose gradient has a NaN or inf keeps its value and its state, step count included.
 
 The fused kernels of a CPU look before they write. Elsewhere the decision stays on the device: the step runs as always, and
-what it did to such a parameter is undone; that costs one copy of the parameters and the state of the groups with this option, and
-the same work whatever the gradients are.
+what it did to such a parameter is undone; that costs one copy of the parameters and the state of the groups with this option,
+and the same work whatever the gradients are.
 """
 
 from __future__ import annotations

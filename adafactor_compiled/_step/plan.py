@@ -165,7 +165,17 @@ def _layout_of(x: Tensor) -> Layout:
 
 
 def options_of(group: Group) -> tuple[Any, ...]:
-    names = ("foreach", "compile", "fused", "stochastic_rounding", "capturable", "momentum_dtype", "cautious", *LAYOUT)
+    names = (
+        "foreach",
+        "compile",
+        "fused",
+        "stochastic_rounding",
+        "capturable",
+        "momentum_dtype",
+        "cautious",
+        "nonfinite",
+        *LAYOUT,
+    )
     return group["beta1"] is None, *(group[name] for name in names)
 
 

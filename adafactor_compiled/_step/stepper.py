@@ -47,7 +47,11 @@ class Stepper:
 
     def again(self, optimizer: Optimizer) -> bool:
         """Take the last step again, with other gradients and numbers; False, and nothing has changed, if it is another one."""
-        if torch.compiler.is_compiling() or scaling.Scaling.of(optimizer) is not None:
+        if (
+            torch.compiler.is_compiling()
+            or scaling.Scaling.of(optimizer) is not None
+            or capture.is_captured(optimizer.param_groups)
+        ):
             return False
         record = self._again.step(optimizer)
         if record is not None:
@@ -90,7 +94,7 @@ class Stepper:
         if alone is None:  # what was stepped alone before is of the past
             self._plans, self.records = {None: kept}, {}
             if not exchanges and of_scaler is None:
-                self._again.learn(plan, entries)
+                self._again.learn(plan, entries, groups)
         if of_scaler is not None:
             record = record._replace(skipped=of_scaler.skipped(record.params, record.skipped))
         self.records[alone] = record

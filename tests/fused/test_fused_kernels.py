@@ -1,4 +1,4 @@
-"""The fused kernels of a CPU against the reference path: every kind of member, type and option; threads; memory that is shared."""
+"""The fused kernels of a CPU against the reference path: every kind of member, type and option; threads; shared memory."""
 
 from __future__ import annotations
 
@@ -58,14 +58,14 @@ TYPES = {
 }
 
 
-# Where a first gradient is zero the second one's update has the same size everywhere, and the reference's norm of that is off by
-# 4e-13 in float64.
+# Where a first gradient is zero the second one's update has the same size everywhere, and the reference's norm of that is off
+# by 4e-13 in float64.
 COMBINED = [(x, y) for x in KINDS for y in TYPES if (x, y) != ("large kernels of one element", "float64, cautious")]
 
 
 @pytest.mark.parametrize(("name", "types"), COMBINED)
 def test_kinds(name: str, types: str) -> None:
-    kind, shapes, memory = KINDS[name]
+    _, shapes, memory = KINDS[name]
     dtype, options = TYPES[types]
     problem = problem_of(*shapes, dtype=dtype, layout=memory, **OPTIONS[options])
     for line in Adafactor(problem.param_groups(), fused=True).summary().classes:

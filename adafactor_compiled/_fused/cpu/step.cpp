@@ -1,6 +1,6 @@
 // One Adafactor step of all members of a table, in one parallel region.
 //
-// The numbered steps are those of _update/reference.py, the names those of _fused/tables.py. What a build chooses: PARAM, GRAD and
+// The numbered steps are those of _update/reference.py. What a build chooses: PARAM, GRAD and
 // MOMENTUM, the types of parameter, gradient and momentum; ROUNDING and CAUTIOUS. State and arithmetic are of type A, sums over
 // blocks of type double.
 //
@@ -70,7 +70,7 @@ INLINE void narrow(f16 &to, A x) {
   to.bits = (uint16_t)(sign | (magnitude >= 0x477ff000 ? large : magnitude < 113u << 23 ? subnormal : normal));
 }
 
-// Tables, as tables.py has them.
+// Tables: what a step finds anew, as _fused/members.py reads it, and how members are cut, as layout.py decides.
 
 struct Pointers { P *p; const G *g; A *row, *col; M *exp_avg; A *rms, *update_rms; int64_t numbers; };
 struct Member {

@@ -10,7 +10,6 @@ import functools
 from array import array
 from collections.abc import Collection, Sequence
 from contextlib import nullcontext
-from operator import or_
 from typing import Any, NamedTuple
 
 import torch
@@ -30,32 +29,28 @@ LEAST_PARTIAL = 4_194_304  # bytes for the sums of blocks, or a 32nd of the para
 class Launch:
     """Members that are stepped together; see `_fused/launches.py`."""
 
-    def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int]) -> None:
+    def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int], sent: Sent) -> None:
         self.kernels, self.shape_class, self.positions = layout.kernels, members[positions[0]], positions
-        self.tables, self.partial, self.sums = (
-            layout.tables(),
-            layout.partial,
-            layout.sums,
-        )  # elements of sums of blocks, numbers
-        self.there = There()
+        self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # of sums, how many elements
+        self.there, self.sent = There(), sent
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> None:
         """Step the members."""
-        of, k = self.kernels, len(self.positions)
-        if of.swapped or of.kind in (VECTORS, SHORT):  # of two copies the columns are read
-            addresses = addresses[:]
-            addresses[ROW::ADDRESSES], addresses[COLUMN::ADDRESSES] = addresses[COLUMN::ADDRESSES], addresses[ROW::ADDRESSES]
-        bits = functools.reduce(or_, (x for i in range(READ) for x in addresses[i::ADDRESSES]))
-        tables, pointers = _there(self, addresses)
-        aligned = of.sixteens and bits % 16 == 0
+        of = self.kernels
+        tables, pointers, aligned = _there(self, addresses)
+        aligned = aligned and of.sixteens
         if aligned != of.sixteens:
             try_out(of._replace(sixteens=False))
         if not isinstance(numbers, Tensor):
-            rows = torch.tensor(numbers, dtype=compute_dtype(of.dtype), device="cpu")
-            numbers = to_device(rows.view(-1, len(Numbers._fields)), of.device)
+            numbers = self.sent.numbers_of(numbers, of)
         if draws is not None and of.swapped:
-            draws = draws[:, SWAPPED]
-        _run(Ready(self, tables, pointers, aligned, k), numbers, draws)
+            columns = draws.unbind(1)  # a list of places would be sent to the GPU, and waited for
+            draws = torch.stack([columns[i] for i in SWAPPED], 1)
+        _run(Ready(self, tables, pointers, aligned, len(self.positions)), numbers, draws)
+
+    def forget(self) -> None:
+        """Keep nothing on the GPU: in the memory of a CUDA graph, where it may lie, nothing may stay."""
+        self.there = There()
 
 
 class There:
@@ -65,7 +60,25 @@ class There:
         self.stream: int | None = None
         self.tables: Tables | None = None
         self.addresses: array[int] | None = None
+        self.aligned = False  # whether these are multiples of 16
         self.pointers: Tensor | None = None
+
+
+class Sent:
+    """The numbers of one step on the GPU, which its launches share."""
+
+    def __init__(self) -> None:
+        self._of: array[float] | None = None
+        self._there: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def numbers_of(self, numbers: array[float], of: Kernels) -> Tensor:
+        key = of.device, compute_dtype(of.dtype)
+        if self._of is not numbers:  # another step
+            self._of, self._there = numbers, {}
+        if key not in self._there:
+            rows = torch.tensor(numbers, dtype=key[1], device="cpu")
+            self._there[key] = to_device(rows.view(-1, len(Numbers._fields)), of.device)
+        return self._there[key]
 
 
 class Ready(NamedTuple):
@@ -82,6 +95,7 @@ def launches_of(members: Sequence[ShapeClass], unaligned: Collection[int] = ()) 
     """The launches that step these members, each of which has kernels; what is `unaligned` is not read 128 bits at a time."""
     launches: list[Launch] = []
     part: list[int]
+    sent = Sent()
     for kernels, chosen in group_by_key(_kernels_of(of, i in unaligned) for i, of in enumerate(members)).items():
         chosen.sort(key=lambda i: -members[i].numel)  # what takes long begins first
         largest = max(LEAST_PARTIAL, sum(members[i].numel for i in chosen) * kernels.dtype.itemsize // 32)
@@ -89,11 +103,11 @@ def launches_of(members: Sequence[ShapeClass], unaligned: Collection[int] = ()) 
         for i in chosen:
             of = members[i]
             if part and (layout.partial + layout.partial_of(of)) * compute_dtype(of.dtype).itemsize > largest:
-                launches.append(Launch(layout, members, part))
+                launches.append(Launch(layout, members, part, sent))
                 layout, part = Layout(kernels), []
             layout.add(of)
             part.append(i)
-        launches.append(Launch(layout, members, part))
+        launches.append(Launch(layout, members, part, sent))
     return launches
 
 
@@ -103,8 +117,8 @@ def _kernels_of(of: ShapeClass, unaligned: bool) -> Kernels:
     return kernels._replace(sixteens=False) if unaligned else kernels
 
 
-def _there(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
-    """The tables of a launch on its device."""
+def _there(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor, bool]:
+    """The tables of a launch on its device, and whether all that is read begins at multiples of 16."""
     there, device = launch.there, launch.kernels.device
     if _is_capturing(device):
         return _of_capture(launch, addresses)
@@ -113,13 +127,15 @@ def _there(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
         there.tables = Tables(*(to_device(x, device) for x in launch.tables))
         there.stream, there.pointers = stream, None
     if there.pointers is None or there.addresses != addresses:
-        there.pointers, there.addresses = to_device(_host_table(addresses), device), addresses
-    return there.tables, there.pointers
+        there.pointers, there.addresses = to_device(_host_table(launch.kernels, addresses), device), addresses
+        there.aligned = _are_aligned(addresses)
+    return there.tables, there.pointers, there.aligned
 
 
-def _of_capture(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
+def _of_capture(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor, bool]:
     """While a CUDA graph is captured: what is there already, or copies that the graph will make whenever it is replayed. They
-    are not made yet, so that no other step may use them; and what a graph reads, on either side, stays as long as the process.
+    are not made yet, so that no other step may use them. What a graph reads and does not make, on either side, stays as long as
+    the process.
     """
     there, device = launch.there, launch.kernels.device
 
@@ -128,11 +144,11 @@ def _of_capture(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor]:
         _captured.append(pinned)
         return to_device(pinned, device)
 
+    known = there.pointers if there.addresses == addresses else None
+    _captured.append((there.tables, known))
     tables = Tables(*map(copied, launch.tables)) if there.tables is None else there.tables
-    pointers = there.pointers if there.addresses == addresses else None
-    pointers = copied(_host_table(addresses)) if pointers is None else pointers
-    _captured.append((tables, pointers))
-    return tables, pointers
+    pointers = copied(_host_table(launch.kernels, addresses)) if known is None else known
+    return tables, pointers, _are_aligned(addresses)
 
 
 _captured: list[Any] = []
@@ -142,8 +158,15 @@ def _is_capturing(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
-def _host_table(addresses: array[int]) -> Tensor:
+def _host_table(of: Kernels, addresses: array[int]) -> Tensor:
+    if of.swapped or of.kind in (VECTORS, SHORT):  # of two copies the columns are read
+        addresses = addresses[:]
+        addresses[ROW::ADDRESSES], addresses[COLUMN::ADDRESSES] = addresses[COLUMN::ADDRESSES], addresses[ROW::ADDRESSES]
     return torch.frombuffer(addresses, dtype=torch.int64).clone()  # no default device, and no memory of Python's
+
+
+def _are_aligned(addresses: array[int]) -> bool:
+    return not any(x & 15 for i in range(READ) for x in addresses[i::ADDRESSES])
 
 
 def _run(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
@@ -161,11 +184,11 @@ def try_out(of: Kernels) -> None:
     shape_class = ShapeClass(shape, stride, stride, of.dtype, of.grad_dtype, of.device, True, of.momentum, of.rounding)
     layout = Layout(of)
     layout.add(shape_class)
-    example = Launch(layout, [shape_class], [0])
+    example = Launch(layout, [shape_class], [0], Sent())
     state = compute_dtype(of.dtype)
     dtypes = of.dtype, of.grad_dtype, state, state, of.momentum.dtype if of.momentum else state, state, state
     tensors = [_zeros(dtype, of.device) for dtype in dtypes]
-    tables, pointers = _there(example, array("q", [*(x.data_ptr() for x in tensors), 0]))
+    tables, pointers, _ = _there(example, array("q", [*(x.data_ptr() for x in tensors), 0]))
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
     _run(Ready(example, tables, pointers, of.sixteens, 1), numbers, draws)
