@@ -100,8 +100,8 @@ def test_a_machine_without_a_compiler(tmp_path: Path) -> None:
     assert ran.code == 0, ran.complaints[-3000:]
     said, error, same = json.loads(ran.printed.splitlines()[-1])
     assert len(said) == 1
-    assert "steps without its fused kernels, since no C++ compiler was found" in said[0]
-    assert error.startswith("`fused=True` needs kernels to be compiled but no C++ compiler was found")
+    assert "steps without its fused kernels, since the C++ compiler could not be started" in said[0]
+    assert error.startswith("`fused=True` needs kernels to be compiled but the C++ compiler could not be started")
     assert same
 
 
