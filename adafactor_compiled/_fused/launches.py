@@ -35,6 +35,9 @@ class Launch(Protocol):
     @property
     def kernels(self) -> Kernels: ...
 
+    def forget(self) -> None:
+        """Keep nothing on the device: in the memory of a CUDA graph, where it may lie, nothing may stay."""
+
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int] | None:
         """Step the members.
 

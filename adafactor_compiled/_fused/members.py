@@ -6,6 +6,7 @@ Dtype, device, shape, strides and address of every tensor, state included, are l
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -31,7 +32,8 @@ class Factor(NamedTuple):
     stride: tuple[int, ...]
 
 
-class Member(NamedTuple):
+@dataclass(frozen=True, eq=False, slots=True)  # equal is what is the same: tensors would be compared by their elements
+class Member:
     param: Tensor
     group: Group
     position: int  # counted over all groups
@@ -54,8 +56,6 @@ class Member(NamedTuple):
     spans: tuple[Span, ...]
     written: list[Tensor]
     looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
-
-    __eq__, __hash__ = object.__eq__, object.__hash__  # tensors would be compared by their elements
 
 
 class Span(NamedTuple):

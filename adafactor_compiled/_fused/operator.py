@@ -128,6 +128,8 @@ def _stepped_by_kernels(
         return set()
     of_draws = {} if draws is None else {i: draws[position] for i, position in enumerate(positions)}
     table.run(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws)
+    for launch in table.launches:  # which are kept, and this may be inside of a CUDA graph
+        launch.forget()
     return set(positions)
 
 

@@ -65,16 +65,20 @@ class Table:
         """
         table, self.done = array("q", addresses), []
         skipped: set[int] = set()
-        for launch in self.launches:
-            of, positions = launch.kernels, launch.positions
-            of_launch = table if self._in_order else _chosen(table, positions)
-            key = launch.shape_class.device, compute_dtype(of.dtype)
-            of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
-            flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
-            self.done += positions
-            if flags is not None and any(flags):
-                skipped |= {i for i, flag in zip(positions, flags, strict=True) if flag}
-        torch.autograd.graph.increment_version(self._written)  # as operations of torch do by themselves
+        try:
+            for launch in self.launches:
+                of, positions = launch.kernels, launch.positions
+                of_launch = table if self._in_order else _chosen(table, positions)
+                key = launch.shape_class.device, compute_dtype(of.dtype)
+                of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
+                flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
+                self.done += positions
+                if flags is not None and any(flags):
+                    skipped |= {i for i, flag in zip(positions, flags, strict=True) if flag}
+        finally:  # as operations of torch do by themselves
+            all_done = len(self.done) == len(self.members)
+            written = self._written if all_done else [x for i in self.done for x in self.members[i].written]
+            torch.autograd.graph.increment_version(written)
         return skipped
 
 

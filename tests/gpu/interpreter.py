@@ -37,7 +37,7 @@ class Memory:
     """What may be read and written, a range of addresses for each tensor."""
 
     def __init__(self) -> None:
-        self.ranges: list[tuple[int, int]] = []
+        self.ranges: set[tuple[int, int]] = set()
         self.kept: list[Tensor] = []  # so that no address is used again
         self.accesses = self.bytes = 0
 
@@ -50,7 +50,7 @@ class Memory:
     def add(self, *tensors: Tensor) -> None:
         for x in tensors:
             storage = x.untyped_storage()
-            self.ranges.append((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
+            self.ranges.add((storage.data_ptr(), storage.data_ptr() + storage.nbytes()))
             self.kept.append(x)
 
     def check(self, pointers: Any, mask: Any) -> None:

@@ -36,6 +36,9 @@ class Launch:
         self._members = array("q", [x for i in order for x in (i, *cuts[i])])
         self._sizes: tuple[int, int] | None = None  # bytes of scratch and of a room, as the library has it
 
+    def forget(self) -> None:
+        pass
+
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int]:
         """Step the members; see `_fused/launches.py`."""
         if isinstance(numbers, Tensor):

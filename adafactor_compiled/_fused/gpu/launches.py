@@ -46,10 +46,9 @@ class Launch:
         if draws is not None and of.swapped:
             columns = draws.unbind(1)  # a list of places would be sent to the GPU, and waited for
             draws = torch.stack([columns[i] for i in SWAPPED], 1)
-        _run(Ready(self, tables, pointers, aligned, len(self.positions)), numbers, draws)
+        _run(Ready(self, tables, pointers, aligned), numbers, draws)
 
     def forget(self) -> None:
-        """Keep nothing on the GPU: in the memory of a CUDA graph, where it may lie, nothing may stay."""
         self.there = There()
 
 
@@ -88,7 +87,6 @@ class Ready(NamedTuple):
     tables: Tables
     pointers: Tensor
     aligned: bool  # whether 128 bits can be read at a time
-    count: int
 
 
 def launches_of(members: Sequence[ShapeClass], unaligned: Collection[int] = ()) -> list[Launch]:
@@ -191,7 +189,7 @@ def try_out(of: Kernels) -> None:
     tables, pointers, _ = _there(example, array("q", [*(x.data_ptr() for x in tensors), 0]))
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    _run(Ready(example, tables, pointers, of.sixteens, 1), numbers, draws)
+    _run(Ready(example, tables, pointers, of.sixteens), numbers, draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:
