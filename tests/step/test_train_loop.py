@@ -54,6 +54,7 @@ FEATURES = {
 }
 CASES = [
     *((feature, {"compile": True}) for feature in FEATURES),
+    *((feature, {"fused": True}) for feature in FEATURES),
     *((feature, path) for feature in ("LambdaLR", "warmup_init") for path in ({"compile": False}, {"foreach": False})),
 ]
 
