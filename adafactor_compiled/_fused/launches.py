@@ -31,6 +31,7 @@ class Launch(Protocol):
 
     shape_class: ShapeClass  # of its first member
     positions: list[int]
+    ran: bool  # whether the last run did all of it
 
     @property
     def kernels(self) -> Kernels: ...

@@ -125,6 +125,7 @@ def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ..
         or p.get_device() != index
         or g.get_device() != index
         or g.is_neg()
+        or p.is_neg()
     ):
         return None
     if stride is None:

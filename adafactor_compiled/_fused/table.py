@@ -71,8 +71,11 @@ class Table:
                 of_launch = table if self._in_order else _chosen(table, positions)
                 key = launch.shape_class.device, compute_dtype(of.dtype)
                 of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
-                flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
-                self.done += positions
+                launch.ran = False
+                try:
+                    flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
+                finally:
+                    self.done += positions if launch.ran else []
                 if flags is not None and any(flags):
                     skipped |= {i for i, flag in zip(positions, flags, strict=True) if flag}
         finally:  # as operations of torch do by themselves

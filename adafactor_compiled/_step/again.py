@@ -43,9 +43,7 @@ class Again:
         """Know the members of a plan, if all that it steps can be stepped so; and forget what has left its group."""
         if plan.table is None or len(plan.fused) < len(entries) or plan.update_rms[0].is_inference():
             return self.forget()
-        present = {id(p) for group in groups for p in group["params"]}
-        if not self._members.keys() <= present:
-            self.forget()
+        self._let_go(groups)
         for entry in entries:
             group = entry.group
             plain = not group["capturable"] and (group["relative_step"] or not isinstance(group["lr"], Tensor))
@@ -54,14 +52,22 @@ class Again:
             if self._options.setdefault(id(group), options_of(group)) != options_of(group):
                 return self.forget()
         self._members |= {id(member.param): member for member in plan.table.members}
-        self._table = plan.table
+        self._table, self._tables = plan.table, {}
+
+    def _let_go(self, groups: Sequence[Group]) -> None:
+        """Keep nothing alive that has left its group."""
+        present = {id(p) for group in groups for p in group["params"]}
+        if not self._members.keys() <= present:
+            self.forget()
 
     def forget(self) -> None:
         self._members, self._options, self._table, self._tables = {}, {}, None, {}
 
     def step(self, optimizer: Optimizer) -> Record | None:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
-        if self._table is None or sum(len(group["params"]) for group in optimizer.param_groups) < len(self._members):
+        if self._table is None:
+            return None
+        if type(torch.empty(0, device="cpu")) is not Tensor:  # in a mode that makes something else of tensors
             return None
         known, states_of = self._members, optimizer.state
         chosen: list[Member] = []
@@ -72,13 +78,13 @@ class Again:
         rows: list[tuple[Any, ...]] = []
         skips, position = False, -1
         for group in optimizer.param_groups:
-            if self._options.get(id(group)) != options_of(group) or _needs_tensors(group):
-                return None
             skips, row, last = skips or group["nonfinite"] == "skip", -1, None
             for p in group["params"]:
                 g, position = p.grad, position + 1
                 if g is None:
                     continue
+                if last is None and (self._options.get(id(group)) != options_of(group) or _needs_tensors(group)):
+                    return None
                 member, state = known.get(id(p)), states_of.get(p)
                 if member is None or member.param is not p or member.group is not group or member.position != position:
                     return None
@@ -121,6 +127,8 @@ class Again:
                 skipped[i] = torch.tensor(i in kept, device="cpu")
         for i in kept:
             states[i]["step"] = counts[i]
+        if len(chosen) < len(self._members):
+            self._let_go(optimizer.param_groups)
         tables = [rows[i] for i in addresses[ADDRESSES - 1 :: ADDRESSES]]
         return Record([x.param for x in chosen], tables, [x.rms for x in chosen], [x.update_rms for x in chosen], skipped)
 

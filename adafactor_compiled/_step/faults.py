@@ -39,7 +39,8 @@ def counts_kept_true(entries: Sequence[Entry]) -> Iterator[None]:
 
 
 def _version(param: Tensor) -> int:
-    return (param._local_tensor if isinstance(param, DTensor) else param)._version
+    param = param._local_tensor if isinstance(param, DTensor) else param
+    return 0 if param.is_inference() else param._version  # what was made in inference mode has none
 
 
 def _copied(steps: list[int | Tensor]) -> list[int | Tensor]:

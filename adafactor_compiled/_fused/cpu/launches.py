@@ -34,6 +34,7 @@ class Launch:
         order = [i for *_, i in sorted(first)]  # large ones, then what takes long
         self._large = sum(cut.parts > 1 for cut in cuts)
         self._members = array("q", [x for i in order for x in (i, *cuts[i])])
+        self.ran = False
         self._sizes: tuple[int, int] | None = None  # bytes of scratch and of a room, as the library has it
 
     def forget(self) -> None:
@@ -48,22 +49,27 @@ class Launch:
             self._sizes = library.sizes(_address(self._members), count, self._large)
         scratch_each, room_each = self._sizes
         threads = torch.get_num_threads() if library.threads and not _forked else 1
-        scratch = torch.empty(2 * scratch_each + threads * room_each + LINE, dtype=torch.uint8, device="cpu")
-        skipped = array("q", bytes(8 * count))
-        library.step(
-            _address(addresses),
-            _address(self._members),
-            _address(numbers),
-            None if draws is None else draws.data_ptr(),
-            _address(skipped),
-            count,
-            self._large,
-            -(-scratch.data_ptr() // LINE) * LINE,
-            scratch_each,
-            room_each,
-            threads,
-        )
-        return skipped
+        # Memory of Python's, since a mode of torch may make something else of a tensor.
+        scratch = bytearray(2 * scratch_each + threads * room_each + LINE)
+        begin = ctypes.addressof(ctypes.c_char.from_buffer(scratch))
+        report = array("q", bytes(8 * (count + 1)))  # of each member whether it was skipped; and whether all is done
+        try:
+            library.step(
+                _address(addresses),
+                _address(self._members),
+                _address(numbers),
+                None if draws is None else draws.data_ptr(),
+                _address(report),
+                count,
+                self._large,
+                -(-begin // LINE) * LINE,
+                scratch_each,
+                room_each,
+                threads,
+            )
+        finally:  # an interrupt comes when the call is over
+            self.ran = bool(report[count])
+        return report[:count]
 
 
 def _address(x: array[Any]) -> int:
@@ -94,7 +100,6 @@ def library_of(of: Kernels) -> Library:
     if of.momentum is not None:
         defines.append(f"MOMENTUM={TYPES[of.momentum.dtype]}")
     library = build.load(SOURCE, (*defines, f"CAUTIOUS={is_cautious(of.momentum):d}"))
-    _watch_forks()
     step, sizes = library.adafactor_step, library.adafactor_sizes
     pointer, number = ctypes.c_void_p, ctypes.c_int64
     step.argtypes = [pointer, pointer, pointer, pointer, pointer, number, number, pointer, number, number, ctypes.c_int]
@@ -106,16 +111,14 @@ def library_of(of: Kernels) -> Library:
 _forked = False
 
 
-@functools.cache
-def _watch_forks() -> None:
-    """A forked child has the runtime of the threads, but none of the threads that it would wait for."""
-    if hasattr(os, "register_at_fork"):
-        os.register_at_fork(after_in_child=_note_fork)
-
-
 def _note_fork() -> None:
+    """A forked child has the runtime of the threads, torch's or ours, but none of the threads that it would wait for."""
     global _forked
     _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def launches_of(members: Sequence[tuple[ShapeClass, Kernels, Cut]]) -> list[Launch]:

@@ -96,7 +96,7 @@ struct Launch {
   char *scratch;
   int64_t scratch_each, room_each;  // bytes: two scratches for large members, then a room for each thread
   int threads;
-  int64_t next;
+  int64_t *next;
 };
 
 // Stochastic rounding, as in rounding.py.
@@ -141,7 +141,7 @@ struct Step {
   A beta2, rest, eps, beta1, one_minus_beta1, sign;
   A scale = 0, decay = 0, share = 1;  // from finish
   Step(const Launch &l, const Member &x) : x(x), at(l.pointers[x.at]), n(l.numbers[at.numbers]) {
-    if (x.swapped) std::swap(at.row, at.col);
+    if (x.swapped || x.kind == TWICE) std::swap(at.row, at.col);  // of two copies the columns are read
     if (ROUNDS) {
       std::memcpy(&draws, l.draws + 7 * x.at, sizeof draws);
       if (x.swapped) { std::swap(draws.key[1], draws.key[2]); std::swap(draws.first[1], draws.first[2]); }
@@ -166,7 +166,7 @@ template <bool COUNT> INLINE A step_element(const Step &s, P &p, const G &g, M *
     update *= agrees / s.share;
   }
   const A before = load(p);
-  write(p, before - (before * s.decay + update), noise);
+  write(p, before - ((s.decay != 0 ? before * s.decay : 0) + update), noise);
   return 0;
 }
 INLINE M *momentum(M *m, int64_t n) { return MOVES ? m + n : nullptr; }
@@ -702,10 +702,10 @@ static void step_large(const Launch &l, const Member &x, char *scratch, char *ro
   }
   for (int64_t k = end - 1; k >= begin; k--) groups ? group_apply<false>(s, k, of) : part_apply<false>(s, k, room, -1);
 }
-static void step_members(Launch &l, int t) {
+static void step_members(const Launch &l, int t) {
   char *room = l.scratch + 2 * l.scratch_each + t * l.room_each;
   for (int64_t i = 0; i < l.large; i++) step_large(l, l.members[i], l.scratch + i % 2 * l.scratch_each, room, t);
-  for (int64_t i; (i = l.large + __atomic_fetch_add(&l.next, 1, __ATOMIC_RELAXED)) < l.count;) step_small(l, l.members[i], room);
+  for (int64_t i; (i = l.large + __atomic_fetch_add(l.next, 1, __ATOMIC_RELAXED)) < l.count;) step_small(l, l.members[i], room);
 }
 
 }  // namespace
@@ -725,14 +725,18 @@ extern "C" void adafactor_sizes(const Member *members, int64_t count, int64_t la
 extern "C" void adafactor_step(const Pointers *pointers, const Member *members, const Numbers *numbers, const int32_t *draws,
                                int64_t *skipped, int64_t count, int64_t large, char *scratch, int64_t scratch_each, int64_t room_each,
                                int threads) {
-  Launch l = {pointers, members, numbers, draws, skipped, count, large, scratch, scratch_each, room_each, threads, 0};
+  int64_t next = 0;
+  const Launch l = {pointers, members, numbers, draws, skipped, count, large, scratch, scratch_each, room_each, 1, &next};
 #ifdef _OPENMP
   if (threads > 1) {
     #pragma omp parallel num_threads(threads)
-    step_members(l, omp_get_thread_num());
-    return;
-  }
+    {
+      Launch of_team = l;
+      of_team.threads = omp_get_num_threads();  // which may be fewer than were asked for
+      step_members(of_team, omp_get_thread_num());
+    }
+  } else
 #endif
-  l.threads = 1;  // no region is entered: a forked child has none of the threads
-  step_members(l, 0);
+    step_members(l, 0);  // no region is entered: a forked child has none of the threads
+  skipped[count] = 1;  // all is done, whatever interrupts the caller
 }

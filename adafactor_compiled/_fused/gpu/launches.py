@@ -32,7 +32,7 @@ class Launch:
     def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int], sent: Sent) -> None:
         self.kernels, self.shape_class, self.positions = layout.kernels, members[positions[0]], positions
         self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # of sums, how many elements
-        self.there, self.sent = There(), sent
+        self.there, self.sent, self.ran = There(), sent, False
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> None:
         """Step the members."""
@@ -47,6 +47,7 @@ class Launch:
             columns = draws.unbind(1)  # a list of places would be sent to the GPU, and waited for
             draws = torch.stack([columns[i] for i in SWAPPED], 1)
         _run(Ready(self, tables, pointers, aligned), numbers, draws)
+        self.ran = True
 
     def forget(self) -> None:
         self.there = There()
