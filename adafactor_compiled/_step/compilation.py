@@ -54,7 +54,7 @@ class Compilation:
             warnings.warn(
                 f"Adafactor steps without its fused kernels, since {cause}; {remedy}, or pass `compile=False`, which takes the "
                 "multi-tensor path without this warning",
-                stacklevel=7,  # past torch's wrappers of `step`
+                stacklevel=6,  # past torch's wrappers of `step`
             )
         return self.fused
 

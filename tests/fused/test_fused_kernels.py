@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
 from typing import Any
 
 import pytest
@@ -11,6 +19,7 @@ from hypothesis import given, settings
 from parameters import params_of
 from strategies import Problem, problems
 from tolerances import assert_same_parameter, assert_same_state
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.cpu import layout
@@ -126,13 +135,14 @@ def test_any_number_of_threads_gives_the_same_bits(options: dict[str, Any], dtyp
 @pytest.mark.parametrize("dtype", [FLOAT32, BFLOAT16, FLOAT16], ids=str)
 @pytest.mark.parametrize("memory", ["contiguous", "transposed", "channels_last"])
 def test_rounding_draws_the_noise_of_the_reference(memory: str, dtype: torch.dtype, momentum: dict[str, Any]) -> None:
-    """A parameter that gets no update but its own rounding: all bits are those of the noise."""
+    """Without clipping and scaling, since the reference's norms of many elements in float32 are off by more than a digit."""
     shapes = {
         "contiguous": [(24, 40), (17,), (16, 8, 1, 1), (6, 5, 3, 3), (531, 1030), (3, 30, 20), (9, 1), (600_011,)],
         "transposed": [(24, 40), (3, 40, 30)],
         "channels_last": [(7, 20, 3, 3)],
     }[memory]
-    problem = problem_of(*shapes, dtype=dtype, layout=memory, **ROUNDING, **momentum)
+    exact = {"clip_threshold": None, "scale_parameter": False}
+    problem = problem_of(*shapes, dtype=dtype, layout=memory, **ROUNDING, **momentum, **exact)
     groups, others = problem.param_groups(), problem.param_groups()
     optimizer, reference = Adafactor(groups, fused=True), Adafactor(others, foreach=False)
     problem.set_gradients(groups, 1)
@@ -281,3 +291,145 @@ def test_a_gradient_whose_square_overflows_is_finite_still() -> None:
         reference.step()
         assert optimizer.state[params[1]]["step"] == 1
         assert_same_parameter(params[1], others[1], "fused, overflow")
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (6, 6, 3, 3), (6, 6, 1, 1), (17,), (531, 1030)], ids=str)
+def test_an_infinite_element_stays(shape: tuple[int, ...]) -> None:
+    """Of a mask, for example: nothing decays without weight decay."""
+    params, others = twins(shape)
+    for p in (*params, *others):
+        p.data.view(-1)[3] = -torch.inf
+    options = {"lr": 1e-2, "relative_step": False, "scale_parameter": False}
+    optimizer, reference = Adafactor(params, fused=True, **options), Adafactor(others, foreach=False, **options)
+    for _ in range(2):
+        optimizer.step()
+        reference.step()
+    assert params[0].view(-1)[3] == -torch.inf
+    assert_same_parameter(params[0].detach().clamp(min=-10), others[0].detach().clamp(min=-10), "fused, infinite parameter")
+
+
+def test_a_negative_bit_that_comes_between_steps() -> None:
+    (p,), (q,) = twins((6, 8))
+    optimizer, reference = Adafactor([p], fused=True), Adafactor([q], foreach=False)
+    for _ in range(3):
+        optimizer.step()
+        reference.step()
+        p.data = torch._neg_view(p.detach().neg().clone())
+        assert_same_parameter(p, q, "fused, negative bit")
+
+
+def test_what_has_left_its_group_is_freed() -> None:
+    params, _ = twins((6, 8), (6, 8), (5,))
+    optimizer = Adafactor(params, fused=True)
+    for _ in range(3):
+        optimizer.step()
+    gone = weakref.ref(params[1])
+    optimizer.param_groups[0]["params"][1] = torch.ones(6, 8, requires_grad=True)
+    del optimizer.state[params[1]], params[1]
+    optimizer.step()
+    optimizer.step()
+    gc.collect()
+    assert gone() is None
+
+
+def test_frozen_groups_do_not_slow_a_step_down() -> None:
+    (p, q), _ = twins((6, 8), (5,))
+    q.grad = None
+    optimizer = Adafactor([{"params": [p]}, {"params": [q]}], fused=True)
+    optimizer.step()
+    assert optimizer._stepper.again(optimizer)
+
+
+def test_others_may_step_each_time() -> None:
+    """Experts that take turns: as many each time, and not the same."""
+    params, others = twins(*[(6, 8)] * 4)
+    grads = [p.grad for p in params]
+    optimizer, reference = Adafactor(params, fused=True), Adafactor(others, foreach=False)
+    for t in range(8):
+        for i, (p, q) in enumerate(zip(params, others, strict=True)):
+            p.grad = q.grad = grads[i] if t == 0 or i % 2 == t % 2 else None
+        if t == 0:
+            optimizer.step()
+        else:
+            assert optimizer._stepper.again(optimizer)
+        reference.step()
+        for p, q in zip(params, others, strict=True):
+            assert_same_parameter(p, q, "fused, taking turns")
+            assert optimizer.state[p]["step"] == reference.state[q]["step"]
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="needs signals")
+@pytest.mark.parametrize("warm", [False, True])
+def test_an_interrupt_in_the_middle_of_a_launch(warm: bool) -> None:
+    """Whatever was stepped is counted, and has a new version."""
+    p = torch.ones(3000, 3000, requires_grad=True)
+    p.grad = torch.ones_like(p)
+    optimizer = Adafactor([p], fused=True)
+    optimizer.warm_up()
+    for _ in range(2 * warm):
+        optimizer.step()
+    count, version, before = optimizer.state[p]["step"], p._version, p.detach().clone()
+    handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 2e-3)
+        with contextlib.suppress(KeyboardInterrupt):
+            optimizer.step()
+            while True:
+                time.sleep(1)
+    finally:
+        signal.signal(signal.SIGALRM, handler)
+    stepped = not torch.equal(p, before)
+    assert (optimizer.state[p]["step"] == count + 1) == stepped
+    assert (p._version > version) == stepped
+
+
+SCRIPT = """
+import os
+import torch
+from adafactor_compiled import Adafactor
+
+def stepped(**path):
+    generator = torch.Generator().manual_seed(0)
+    params = [torch.randn(shape, generator=generator).requires_grad_() for shape in [(600, 1024), (6, 8)]]
+    optimizer = Adafactor(params, **path)
+    for _ in range(2):
+        for p in params:
+            p.grad = torch.randn(p.shape, generator=generator)
+        optimizer.step()
+    return params
+
+torch.set_num_threads(3)
+torch.rand(4_000_000).add(1)  # threads of torch's are there
+"""
+COMPARE = "assert all(torch.allclose(p, q, rtol=1e-4, atol=1e-5) for p, q in zip(stepped(fused=True), stepped(foreach=False)))"
+
+
+@pytest.mark.parametrize("variable", ["OMP_DYNAMIC=true", "OMP_THREAD_LIMIT=2", "OMP_MAX_ACTIVE_LEVELS=0"])
+def test_fewer_threads_than_were_asked_for(variable: str) -> None:
+    name, value = variable.split("=")
+    environment = {**os.environ, name: value, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", SCRIPT + COMPARE], env=environment, check=True, timeout=300)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="nothing forks here")
+def test_a_child_that_was_forked_before_the_first_step() -> None:
+    body = "child = os.fork()\nif child:\n    assert os.waitpid(child, 0)[1] == 0\nelse:\n    torch.set_num_threads(1)\n"
+    body += "    generator = torch.Generator().manual_seed(0)\n    p = torch.ones(6, 8, requires_grad=True)\n"
+    body += (
+        "    p.grad = torch.ones(6, 8)\n    torch.set_num_threads(2)\n    Adafactor([p], fused=True).step()\n    os._exit(0)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    subprocess.run([sys.executable, "-c", SCRIPT + body], env=environment, check=True, timeout=300)
+
+
+def test_a_mode_that_makes_something_else_of_tensors() -> None:
+    """Real parameters in it are an error, as on the reference path, and nothing has changed."""
+    (p,), _ = twins((6, 8))
+    optimizer = Adafactor([p], fused=True)
+    for _ in range(2):
+        optimizer.step()
+    before = p.detach().clone()
+    with FakeTensorMode(), pytest.raises(Exception):  # noqa: B017, PT011
+        optimizer.step()
+    assert torch.equal(p, before)
+    assert optimizer.state[p]["step"] == 2
