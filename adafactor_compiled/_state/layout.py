@@ -36,6 +36,17 @@ def same_layout(shape: tuple[int, ...], stride: tuple[int, ...], other: tuple[in
     return all(size == 1 or a == b for size, a, b in zip(shape, stride, other, strict=True))
 
 
+def is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
+    """Whether elements fill their memory in some order of the dimensions, as that of a momentum then is too."""
+    expected = 1
+    for step, size in sorted(zip(stride, shape, strict=True)):
+        if size > 1:
+            if step != expected:
+                return False
+            expected *= size
+    return True
+
+
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     """The dtype of the state and of all arithmetic for a parameter of `dtype`."""
     return torch.float32 if dtype in HALF else dtype

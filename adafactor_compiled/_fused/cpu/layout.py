@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import torch
 
-from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
+from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
 from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._state.shape_class import ShapeClass
 
@@ -100,23 +100,12 @@ def _lanes(of: ShapeClass, slices: int, contiguous: bool) -> Cut | None:
     rows, columns = of.shape[-2:]
     strides = (slices, 0, 0, 0)
     if not contiguous:
-        if len(of.shape) != 4 or not same_layout(of.shape, of.stride, of.grad_stride) or not _is_dense(of.shape, of.stride):
+        if len(of.shape) != 4 or not same_layout(of.shape, of.stride, of.grad_stride) or not is_dense(of.shape, of.stride):
             return None
         if of.stride[1] != 1 or of.shape[1] == 1:
             return None
         strides = (of.shape[1], of.stride[0], of.stride[2], of.stride[3])
     return Cut(LANES, False, slices, rows, columns, *_parts(of.numel, rows * columns, slices, LANE), 0, *strides)
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether elements fill their memory in some order of the dimensions, as that of a momentum then is too."""
-    expected = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size > 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True
 
 
 def _matrix(swapped: bool, slices: int, rows: int, columns: int) -> Cut:

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._state.layout import cached, contiguous_stride, same_layout
+from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
 from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._state.shape_class import ShapeClass
 
@@ -82,7 +82,7 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
         kind = SHORT if of.numel <= SHORTEST[-1] else VECTORS
         return kernels(kind, of.numel % 16 == 0, tile, of.factored)
     if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
-        if contiguous or (len(of.shape) <= 4 and _is_dense(of.shape, of.stride)):
+        if contiguous or (len(of.shape) <= 4 and is_dense(of.shape, of.stride)):
             return kernels(SLICES, False, rows, columns, contiguous)
         return None
     transposed = (*contiguous_stride((*of.shape[:-2], columns, rows))[:-2], 1, rows)
@@ -95,17 +95,6 @@ def kernels_of(of: ShapeClass) -> Kernels | None:
         return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True, swapped)
     width = min(max(16, power(columns)), WIDEST)
     return kernels(MATRICES, columns % 16 == 0, TILE[of.grad_dtype.itemsize] // width, width, columns <= width, False, swapped)
-
-
-def _is_dense(shape: tuple[int, ...], stride: tuple[int, ...]) -> bool:
-    """Whether elements fill their memory in some order of the dimensions, as that of a momentum then is too."""
-    expected = 1
-    for step, size in sorted(zip(stride, shape, strict=True)):
-        if size > 1:
-            if step != expected:
-                return False
-            expected *= size
-    return True
 
 
 def power(n: int) -> int:
