@@ -13,10 +13,8 @@ from pathlib import Path
 
 import torch
 
-COMPILER = (
-    "install a C++ compiler (Debian and Ubuntu: `apt-get install g++`; conda: `conda install gxx`) or name it in the "
-    "environment variable CXX"
-)
+from adafactor_compiled._fused.cpu.build import COMPILER
+
 C_COMPILER = "install a C compiler (Debian and Ubuntu: `apt-get install gcc`) or name it in the environment variable CC"
 TRITON = "install it: `pip install triton` on Linux, `pip install triton-windows` on Windows"
 CACHE = (

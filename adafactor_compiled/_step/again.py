@@ -147,7 +147,7 @@ def _needs_tensors(group: Group) -> bool:
 
 
 def _unaligned(addresses: Sequence[int]) -> set[int]:
-    return {i for i in range(len(addresses) // 8) if (addresses[8 * i] | addresses[8 * i + 1]) % 16}
+    return {i // ADDRESSES for i in range(0, len(addresses), ADDRESSES) if (addresses[i] | addresses[i + 1]) % 16}
 
 
 def _draws_of(members: Sequence[Member], counts: Sequence[int]) -> dict[int, Tensor]:

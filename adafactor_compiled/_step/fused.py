@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.gpu import layout as gpu_layout
+from adafactor_compiled._fused.launches import ADDRESSES
 from adafactor_compiled._fused.members import addresses_in
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.plan import Plan
@@ -66,7 +67,7 @@ def run_table(plan: Plan, addresses: list[int], tables: Sequence[Tensor], draws:
         if id(numbers) not in rows:
             unique.setdefault(kind, []).append(numbers)
             rows[id(numbers)] = len(unique[kind]) - 1
-        addresses[8 * j + 7] = rows[id(numbers)]
+        addresses[(j + 1) * ADDRESSES - 1] = rows[id(numbers)]
     stacked = {kind: torch.stack(numbers) for kind, numbers in unique.items()}
     with range_of_table(table) if profiled() else UNNAMED:
         skipped = table.run(addresses, stacked, {j: draws[i] for j, i in enumerate(plan.fused) if i in draws})
