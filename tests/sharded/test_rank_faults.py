@@ -66,7 +66,7 @@ def check_told_late() -> None:
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    (exchange,) = optimizer._stepper._exchanges
+    (exchange,) = optimizer._stepper._exchanges[0]
     exchange.tells_late = True
     with mock.patch("torch.Event") as event:
         optimizer.step()
