@@ -124,6 +124,7 @@ class Again:
             return None
         draws = _draws_of(chosen, counts)
         numbers = array("d", [x for of_row in rows for x in of_row])
+        table.done = []
         try:
             for state in states:
                 state["step"] += 1

@@ -128,6 +128,8 @@ def _piece_of(entry: Entry, update_rms: Tensor) -> Member | None:
     if placed is None:
         return None
     local = localized(entry)
+    if local.param.dtype != entry.param.dtype:  # a DTensor whose `data` was set, which its piece does not learn of
+        return None
     of = _class_of(local)._replace(factored=factored_dims(entry.param.shape, entry.group) is not None)
     return None if kernels_of(of, placed.split) is None else member_of(local, of, update_rms, placed)
 

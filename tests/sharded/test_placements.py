@@ -71,6 +71,29 @@ def test_training_equals_unsharded(ranks, name):
     ranks(4).run(check_placements, name)
 
 
+def check_large_gradients(name: str) -> None:
+    """Beside a row and a column without gradient, whose averages are 1e-30: ratios would overflow."""
+    placements, shapes, _ = PLACEMENTS[name]
+    for size, mode in product((3e4, 1e7), (EAGER, FUSED)):
+        params = placed_parameters(placements, shapes, ("a", "b"))
+        whole = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]
+        optimizer, reference = Adafactor(params, **mode), Adafactor(whole, foreach=False)
+        for p, q in zip(params, whole, strict=True):
+            q.grad = torch.full_like(q, size)
+            if q.ndim > 1:
+                q.grad[..., 0, :] = q.grad[..., 0] = 0
+            p.grad = distribute_tensor(q.grad.clone(), p.device_mesh, p.placements, src_data_rank=None)
+        optimizer.step()
+        reference.step()
+        assert all(p.full_tensor().isfinite().all() for p in params)
+        assert_same(optimizer, reference, params, whole)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_large_gradients(ranks, name):
+    ranks(4).run(check_large_gradients, name)
+
+
 VARIATIONS: list[dict[str, Any]] = [
     {"factor_dims": "largest", "beta2_cap": 0.5, "beta1": 0.9},
     {"min_dim_size_to_factor": 4, "decay_offset": 1, "weight_decay": 0.1, "weight_decay_scale": "none"},

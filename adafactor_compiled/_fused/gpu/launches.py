@@ -19,7 +19,7 @@ from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTOR
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.numbers import Numbers, to_device
-from adafactor_compiled._update.rounding import DRAWS, SWAPPED
+from adafactor_compiled._update.rounding import DRAWS, swapped
 
 ADDRESSES, ROW, COLUMN, READ = 8, 2, 3, 5  # of a member, as in tables.py; of the first five elements are read
 EXAMPLE = 4096  # elements
@@ -50,8 +50,7 @@ class Launch:
         if not isinstance(numbers, Tensor):
             numbers = self.sent.numbers_of(numbers, of)
         if draws is not None and of.swapped:
-            columns = draws.unbind(1)  # a list of places would be sent to the GPU, and waited for
-            draws = torch.stack([columns[i] for i in SWAPPED], 1)
+            draws = swapped(draws)
         _run(Ready(self, tables, pointers, aligned), numbers, draws)
         self.ran = True
 
