@@ -187,7 +187,7 @@ class Adafactor(Optimizer):
             param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+        with torch.inference_mode(False), torch.no_grad():  # steps outside of it could not write to what is made in it
             capture.lr_to_tensor(group)
             moments.complete_all(self.state, group)
         if self._in_backward is not None:

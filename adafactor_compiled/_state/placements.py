@@ -181,4 +181,4 @@ def _wrapped(local: Tensor, param: DTensor, dims: Sequence[int]) -> DTensor:
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
     # A parameter that is offloaded, and so is its state; `from_local` would move it to the device of the mesh.
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, stride, local.dtype))
-    return DTensor(local, spec, requires_grad=False)  # type: ignore[call-arg, arg-type]
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]

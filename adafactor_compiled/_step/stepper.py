@@ -101,6 +101,8 @@ class Stepper:
         """Of options that take turns, each time the same: to make one takes collectives."""
         found = exchanges_of(groups, self._exchanges)
         present = {id(p) for group in groups for p in group["params"]}
-        others = [x for x in self._exchanges if x and x is not found and all(id(p) in present for of in x for _, p in of.params)]
+        others = [
+            x for x in self._exchanges if x and x is not found and all(id(p) in present for of in x for _, p in of.params)
+        ]
         self._exchanges = [found, *others[: EXCHANGES - 1]]
         return found

@@ -23,7 +23,7 @@ import torch.distributed as dist
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["torch", "torch.distributed.fsdp", "torch.distributed.checkpoint", "adafactor_compiled"])
 
-TIMEOUT = float(os.environ.get("TT", 300))  # seconds of a check, and of a collective: a shared machine may be slow, and ranks compile at once
+TIMEOUT = 300.0  # seconds of a check, and of a collective: a shared machine may be slow, and ranks compile at once
 
 
 class Ranks:

@@ -124,7 +124,8 @@ def check_two_meshes(mode: dict[str, Any]) -> None:
     everyone = init_device_mesh("cpu", (4,))
     square = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     params = [
-        nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)], src_data_rank=None)) for mesh in (square["a"], everyone)
+        nn.Parameter(distribute_tensor(torch.ones(8, 4), mesh, [Shard(0)], src_data_rank=None))
+        for mesh in (square["a"], everyone)
     ]
     optimizer = Adafactor(params, **mode)
     for step in range(4):
@@ -175,7 +176,7 @@ def test_frozen_with_a_gradient(ranks, mode):
 
 
 def check_freezing_often() -> None:
-    """Neither a process group nor a thread more, though sums go over two dimensions of three, which have no group of their own."""
+    """Neither a process group nor a thread more, though sums go over two dimensions of three, which have no group."""
     mesh = init_device_mesh("cpu", (1, 2, 2))
     small = init_device_mesh("cpu", (2, 2))
     params = [
@@ -191,7 +192,11 @@ def check_freezing_often() -> None:
             p.grad = torch.ones_like(p) if p.requires_grad else None
         optimizer.step()
         if i == 2:
-            exchanges, groups, threads = optimizer._stepper._exchanges[0], dist.get_pg_count(), len(os.listdir("/proc/self/task"))
+            exchanges, groups, threads = (
+                optimizer._stepper._exchanges[0],
+                dist.get_pg_count(),
+                len(os.listdir("/proc/self/task")),
+            )
     assert optimizer._stepper._exchanges == [exchanges]
     assert dist.get_pg_count() == groups
     assert len(os.listdir("/proc/self/task")) == threads
@@ -244,9 +249,12 @@ def check_not_captured() -> None:
     optimizer = Adafactor(params, capturable=True)
     for p in params:
         p.grad = torch.ones_like(p)
-    with mock.patch("torch.cuda.is_available", lambda: True), mock.patch("torch.cuda.is_current_stream_capturing", lambda: True):
-        with pytest.raises(RuntimeError, match=r"captured in a CUDA graph .* parameter group 0 has some; nothing was stepped"):
-            optimizer.step()
+    with (
+        mock.patch("torch.cuda.is_available", return_value=True),
+        mock.patch("torch.cuda.is_current_stream_capturing", return_value=True),
+        pytest.raises(RuntimeError, match=r"captured in a CUDA graph .* parameter group 0 has some; nothing was stepped"),
+    ):
+        optimizer.step()
     assert all(int(optimizer.state[p]["step"]) == 0 for p in params)
 
 
