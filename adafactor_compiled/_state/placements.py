@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.distributed._functional_collectives import AsyncCollectiveTensor
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.distributed.tensor.placement_types import Placement, _StridedShard
 
 from adafactor_compiled._state.layout import contiguous_stride
@@ -180,5 +179,7 @@ def _wrapped(local: Tensor, param: DTensor, dims: Sequence[int]) -> DTensor:
     if local.device.type in (mesh.device_type, "meta"):
         return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
     # A parameter that is offloaded, and so is its state; `from_local` would move it to the device of the mesh.
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
     spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, stride, local.dtype))
     return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]

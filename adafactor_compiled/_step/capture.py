@@ -41,8 +41,8 @@ def is_captured(groups: Sequence[Group]) -> bool:
         lr, params = group["lr"], group["params"]
         if any(isinstance(param, DTensor) and split_dims(param) for param in params):
             raise RuntimeError(
-                "a step captured in a CUDA graph should be of parameters of which no other rank has a piece, since ranks look on "
-                f"the host whether they agree, but parameter group {index} has some; nothing was stepped"
+                "a step captured in a CUDA graph should be of parameters that no other rank has a piece of, since ranks look "
+                f"on the host whether they agree, but parameter group {index} has some; nothing was stepped"
             )
         if not group["capturable"]:
             raise RuntimeError(
