@@ -46,13 +46,14 @@ class Slot(NamedTuple):
 
 
 class Buffer(NamedTuple):
-    flat: Tensor  # in float64 for parameters of any dtype: sums are few
+    flat: Tensor  # in float64 for parameters of any dtype: sums are few, and kernels know one kind
     replicas: list[Tensor]  # parts whose sums another rank adds
 
 
 class Kind(NamedTuple):
     """What the places of a parameter depend on beside itself."""
 
+    dtype: torch.dtype
     dims: tuple[int, int] | None  # see `factored_dims`
     rounds: bool  # stochastically
     cautious: bool
@@ -60,7 +61,7 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, param: DTensor, group: Group) -> Kind:
         cautious = is_cautious(momentum_of(param.dtype, group))
-        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
+        return cls(param.dtype, factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
 
     def described(self) -> str:
         factored = "not factored" if self.dims is None else f"factored over {self.dims}"
@@ -91,13 +92,14 @@ class Exchange:
         self.mesh, self.params, self.kinds = mesh, params, kinds
         self._numbers = {position: i for i, (position, _) in enumerate(params)}
         mine = [
-            f"parameter {i} of shape {tuple(x.shape)}, {x.dtype}, {kind.described()}, placements {x.placements}"
+            f"parameter {i} of shape {tuple(x.shape)}, {kind.dtype}, {kind.described()}, placements {x.placements}"
             for (i, x), kind in zip(params, kinds, strict=True)
         ]
         wanted = [i for i, (_, x) in enumerate(params) if x.requires_grad or x.grad is not None]
         self._summed = agreed(mesh, mine, wanted)
         self._dims = sorted({dim for _, param in params for dim in split_dims(param)})
         self.group = group_over(mesh, self._dims)
+        self._sent = torch.float64 if any(kind.dtype is torch.float64 for kind in kinds) else torch.float32
         self.ranks = math.prod(mesh.size(dim) for dim in self._dims)
         self.device = device_of(params[0][1])
         # A read would make every step wait for the device: there the copy is looked at before the next step.
@@ -186,12 +188,10 @@ class Exchange:
             return
         for x in buffer.replicas:
             x.zero_()
-        if can_sum(self.group, self.device):
-            dist.all_reduce(flat, group=self.group)
-        else:
-            there = flat.to(self.mesh.device_type)
-            dist.all_reduce(there, group=self.group)
-            flat.copy_(there)
+        sent = flat.to(self.device if can_sum(self.group, self.device) else self.mesh.device_type, self._sent)
+        dist.all_reduce(sent, group=self.group)
+        if sent is not flat:
+            flat.copy_(sent)
 
     def found(self) -> RuntimeError | None:
         """That ranks disagree, as the first buffer says; or that is looked at before the next step."""
