@@ -1,8 +1,8 @@
 """Time the optimizer step of a model under `fully_shard` over the number of ranks, beside AdamW on the same shards.
 
 Measured on this machine with gloo over loopback, one thread a rank: more ranks than cores share them. What a step takes of a
-processor for each of many small parameters, kernels included, is the time of a process. For 8 to 1,024 ranks, on paper: the bytes
-that a step moves through memory and sends, over the bandwidths and latencies that PAPER states.
+processor for each of many small parameters, kernels included, is the time of a process. For 8 to 1,024 ranks, on paper: the
+bytes that a step moves through memory and sends, over the bandwidths and latencies that PAPER states.
 """
 
 from __future__ import annotations

@@ -14,7 +14,6 @@ from adafactor_compiled._state.entries import Entry, count_step
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
-from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
 from adafactor_compiled._step.fused import launched_of, skips_by_itself
@@ -110,9 +109,10 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
             reference.step_parameter(*entries[i][1:], plan.update_rms[i], draws)
         return []
     members = members_as_they_are(of, part.positions, entries, tables)
-    if not steps_one_by_one(of):
+    short = is_padded(of)  # and of any lengths
+    if not short and not foreach.steps_one_by_one(of, k):
         return [(part.positions, foreach.step_class(members))]
-    if k >= padded.LEAST and is_padded(of):
+    if k >= padded.LEAST and short:
         room = part.rooms[0] if part.rooms else padded.room_of(members)
         if not part.rooms and type(room.x.params) is Tensor:  # not what a mode has made of it
             part.rooms.append(room)
@@ -120,14 +120,6 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
     for i, member in zip(part.positions, members.each(), strict=True):
         eager.step_parameter(member, _plain_numbers(entries[i]), entries[i].state["RMS"], plan.update_rms[i])
     return []
-
-
-def steps_one_by_one(of: ShapeClass) -> bool:
-    """Whether eager operations go through one parameter after the other, and not each through all of a class.
-
-    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back. Elsewhere a launch is dear.
-    """
-    return of.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
 def _plain_numbers(entry: Entry) -> Numbers:
