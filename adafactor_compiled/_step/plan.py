@@ -91,22 +91,22 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
         if path != "sharded" and not all(x.is_contiguous() for x in factors) and (route_of(of) or kernels_of(of)):
             classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
-    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
-    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
-    calls = (calls_inline if inline else calls_of)(routed)
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
     launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
     members = [] if inline else [member_of(entries[i], classes[i][1], update_rms[i]) for i in launched]
-    if fused and not inline:
-        for i, entry in enumerate(entries):
-            member = _piece_of(entry, update_rms[i]) if classes[i][0] == "sharded" and i not in moved else None
-            if member is not None:
-                launched.append(i)
-                members.append(member)
+    for i in () if inline or not fused else range(len(entries)):
+        piece = _piece_of(entries[i], update_rms[i]) if classes[i][0] == "sharded" and i not in moved else None
+        if piece is not None:
+            classes[i] = "fused", piece.of
+            launched.append(i)
+            members.append(piece)
+    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
+    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
+    calls = (calls_inline if inline else calls_of)(routed)
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
     apart_from_eager = {*launched, *(i for _, positions in routed for i in positions)}
-    sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded" and i not in launched]
+    sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
     return Plan(
         [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
         parts,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from torch.distributed.tensor.debug import CommDebugMode
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._sharded.exchanges import exchanges_of
+from adafactor_compiled._step import stepper
 
 SHAPES = [(64, 48), (7, 5), (3, 17), (1, 9), (6, 1), (130,), (3,), (1,), (5, 4, 3), (2, 3, 4), (5, 2, 3, 3), (90, 40), (0, 4)]
 
@@ -58,6 +61,25 @@ def check_options(mode: dict[str, Any]) -> None:
 @pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 def test_training_equals_unsharded(ranks, size, mode):
     ranks(size).run(check_options, mode)
+
+
+def check_launched() -> None:
+    """All pieces are members of one launch, empty ones too; a steady step plans nothing, whatever gradients there are."""
+    params = fsdp_parameters()
+    optimizer = Adafactor(params, beta1=0.9)
+    whole = [torch.zeros(p.shape) for p in params]
+    for step in range(6):
+        set_gradients(params, whole, step)
+        if step == 0:  # whatever has no gradient yet has its place nevertheless
+            for p in params:
+                p.grad = torch.ones_like(p)
+        with mock.patch.object(stepper, "plan_of", side_effect=AssertionError) if step else nullcontext():
+            optimizer.step()
+    assert {line.path for line in optimizer.summary().classes} == {"fused"}
+
+
+def test_launched(ranks):
+    ranks(4).run(check_launched)
 
 
 def check_deferred(mode: dict[str, Any], **options: Any) -> None:
