@@ -187,9 +187,9 @@ class Adafactor(Optimizer):
             param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+        with torch.inference_mode(False):
             capture.lr_to_tensor(group)
-            moments.complete_all(self.state, group)
+        moments.make_missing(self.state, [group])
         if self._in_backward is not None:
             self._in_backward.attach(self, len(self.param_groups) - 1)
 
@@ -214,6 +214,9 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         overrides.check_all(self, self._parts)
+        if checkpoint.asks_for_state(self):
+            moments.make_missing(self.state, self.param_groups)
+            return loss
         if self._get_lr is not self._parts["_get_lr"] or not self._stepper.again(self):
             entries = self._overridden(entries_of(self.param_groups, self.state))
             self._stepper.step(self, entries, self.show_progress)
@@ -290,6 +293,7 @@ class Adafactor(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
         moments.forget_replaced(self.state, self.param_groups)
+        moments.make_missing(self.state, self.param_groups)
         state_dict = super().state_dict()
         state_dict["state"] = {key: checkpoint.portable(state) for key, state in state_dict["state"].items()}
         return state_dict
