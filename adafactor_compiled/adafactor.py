@@ -149,8 +149,7 @@ class Adafactor(Optimizer):
     ) -> None:
         given = locals()
         defaults = options.plain({name: given[name] for name in options.OPTIONS})
-        options.check_manual_lr(lr, defaults["relative_step"])
-        options.check_options(defaults)
+        options.check_manual_lr(lr, defaults["relative_step"])  # the rest is checked in groups, which have the last word
         self.show_progress = show_progress
         for name, own in self._parts.items():
             overrides.check(name, getattr(self, name), own)

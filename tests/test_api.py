@@ -60,6 +60,23 @@ def test_group_options_are_those_of_separate_optimizers(path: dict[str, Any]) ->
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@on_every_path
+def test_groups_name_what_the_constructor_does_not(path: dict[str, Any]) -> None:
+    """What counts is what a group ends up with."""
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    optimizer = Adafactor([{"params": ours, "lr": 1e-2}], relative_step=False, **path)
+    reference = TransformersAdafactor([{"params": theirs, "lr": 1e-2}], relative_step=False)
+    set_gradients(theirs, 1)
+    set_gradients(ours, 1)
+    optimizer.step()
+    reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="`lr` should be a number or a tensor when `relative_step=False`"):
+        Adafactor([{"params": ours[:1], "lr": 1e-2}, {"params": ours[1:]}], relative_step=False, **path)
+    Adafactor([{"params": ours, "beta1": 0.9}], cautious=True, **path)
+
+
 def test_groups_may_take_different_paths() -> None:
     params = [parameters(SHAPES) for _ in PATHS]
     optimizer = Adafactor([{"params": p, **path} for p, path in zip(params, PATHS.values(), strict=True)])
