@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -113,6 +114,7 @@ class Adafactor(Optimizer):
     """
 
     _in_backward: Hooks | None = None
+    show_progress: bool | None = None
     # By name, to be called and, the first, overridden.
     _get_lr, _get_options, _rms, _approx_sq_grad = map(staticmethod, PARTS.values())
     _parts = PARTS
@@ -161,6 +163,9 @@ class Adafactor(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        arguments = inspect.signature(Adafactor).parameters
+        for group in (self.defaults, *self.param_groups):
+            group.update({name: arguments[name].default for name in options.OPTIONS if name not in group})  # newer ones
         for group in self.param_groups:
             capture.lr_to_tensor(group)
         self._stepper = Stepper(getattr(self, "_stepper", None))

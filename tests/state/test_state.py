@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -20,6 +21,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimi
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._state.options import OPTIONS
 
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -186,6 +188,24 @@ def test_copies_go_on_alike(path: str, copied: Any) -> None:
     assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
     assert_equal_trees(twin.state_dict(), optimizer.state_dict())
     assert repr(twin) == repr(optimizer)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_pickled_before_an_option_existed(path: str) -> None:
+    params, optimizer = make(**PATHS[path])
+    step(params, optimizer)
+    old = copy.deepcopy(optimizer)
+    for group in (old.defaults, *old.param_groups):
+        for name in OPTIONS.keys() - inspect.signature(TransformersAdafactor).parameters.keys() - PATHS[path].keys():
+            del group[name]
+    del old.show_progress
+    twin = pickle.loads(pickle.dumps(old))
+    assert twin.defaults.items() >= optimizer.defaults.items()
+    others = twin.param_groups[0]["params"]
+    step(params, optimizer, seed=2)
+    step(others, twin, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    twin.add_param_group({"params": parameters([(3,)])})
 
 
 @pytest.mark.parametrize("path", PATHS)
