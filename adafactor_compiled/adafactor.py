@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._state import checkpoint, moments, options, overrides
+from adafactor_compiled._state import checkpoint, edited, moments, options, overrides
 from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all, entry_of
 from adafactor_compiled._state.groups import checked_parameters
 from adafactor_compiled._state.options import Group
@@ -218,6 +218,7 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         overrides.check_all(self, self._parts)
+        self._settle_numbers()
         if checkpoint.asks_for_state(self):
             moments.make_missing(self.state, self.param_groups)
             return loss
@@ -240,12 +241,18 @@ class Adafactor(Optimizer):
         """
         if isinstance(param, DTensor):
             raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
+        self._settle_numbers()
         if param.grad is not None:
             entry = entry_of(param, group, i, self.param_groups, self.state)
             self._stepper.step(self, self._overridden([entry]), self.show_progress, param)
             self._opt_called = True  # or torch's schedulers warn that nothing was stepped
 
     supports_fused_back_pass = True  # tools may drive `step_parameter` from hooks of their own
+
+    def _settle_numbers(self) -> None:
+        if not torch.compiler.is_compiling():  # a graph takes them as they are
+            for index, group in enumerate(self.param_groups):
+                edited.settle(group, index)
 
     def _overridden(self, entries: list[Entry]) -> list[Entry]:
         overrides.check_all(self, self._parts)
@@ -265,6 +272,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
+        self._settle_numbers()
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
         self._stepper.compilation.make_ready(entries, self.param_groups, self.show_progress)
 
@@ -277,6 +285,7 @@ class Adafactor(Optimizer):
 
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
+        self._settle_numbers()
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
         compilation = self._stepper.compilation
         return summary_of(plan_of(entries, None, compilation.fused), entries, not compilation.failed)
