@@ -14,6 +14,7 @@ from adafactor_compiled._fused.members import addresses_in
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.plan import Plan
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
+from adafactor_compiled._step.shared import sharing
 
 
 def skips_by_itself(device: torch.device) -> bool:
@@ -23,7 +24,7 @@ def skips_by_itself(device: torch.device) -> bool:
 
 class Gathered(NamedTuple):
     addresses: list[int]  # of the members of a plan's table, rows of numbers yet to be said
-    shared: list[int]  # positions of entries that share memory which is written, and cannot step together
+    shared: set[int]  # positions of entries that share memory which is written, and cannot step together
 
 
 def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
@@ -32,9 +33,9 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     Raises:
         RuntimeError: a tensor has no memory.
     """
-    table = plan.table
+    table, shared = plan.table, sharing(plan, entries)
     if table is None:
-        return Gathered([], [])
+        return Gathered([], shared)
     addresses: list[int] = []
     for i, member in zip(plan.fused, table.members, strict=True):
         entry = entries[i]
@@ -46,7 +47,7 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
             )
         addresses += (*found, 0)
     conflicts = table.conflicts(addresses, [entries[i].grad for i in plan.fused])
-    return Gathered(addresses, [plan.fused[j] for j in sorted(conflicts)])
+    return Gathered(addresses, shared | {plan.fused[j] for j in conflicts})
 
 
 def run_table(plan: Plan, addresses: list[int], tables: Sequence[Tensor], draws: dict[int, Tensor]) -> set[int]:

@@ -121,9 +121,9 @@ def _table_of(members: list[Member], entries: list[Entry]) -> Table:
 
 def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
     path = path_of(entry.group, entry.param)
-    if path != "fused":
-        return path
-    return "reference" if apart else "fused" if fused else "compiled"
+    if apart:
+        return "reference"
+    return "compiled" if path == "fused" and not fused else path
 
 
 def _is_unaligned(entry: Entry) -> bool:
