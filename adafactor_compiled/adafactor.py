@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._state import checkpoint, moments, options, overrides
+from adafactor_compiled._state import checkpoint, edited, moments, options, overrides
 from adafactor_compiled._state.entries import Entry, entries_of, entries_of_all, entry_of
 from adafactor_compiled._state.groups import checked_parameters
 from adafactor_compiled._state.options import Group
@@ -113,6 +114,7 @@ class Adafactor(Optimizer):
     """
 
     _in_backward: Hooks | None = None
+    show_progress: bool | None = None
     # By name, to be called and, the first, overridden.
     _get_lr, _get_options, _rms, _approx_sq_grad = map(staticmethod, PARTS.values())
     _parts = PARTS
@@ -149,8 +151,7 @@ class Adafactor(Optimizer):
     ) -> None:
         given = locals()
         defaults = options.plain({name: given[name] for name in options.OPTIONS})
-        options.check_manual_lr(lr, defaults["relative_step"])
-        options.check_options(defaults)
+        options.check_manual_lr(lr, defaults["relative_step"])  # the rest is checked in groups, which have the last word
         self.show_progress = show_progress
         for name, own in self._parts.items():
             overrides.check(name, getattr(self, name), own)
@@ -162,6 +163,9 @@ class Adafactor(Optimizer):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        arguments = inspect.signature(Adafactor).parameters
+        for group in (self.defaults, *self.param_groups):
+            group.update({name: arguments[name].default for name in options.OPTIONS if name not in group})  # newer ones
         for group in self.param_groups:
             capture.lr_to_tensor(group)
         self._stepper = Stepper(getattr(self, "_stepper", None))
@@ -187,9 +191,9 @@ class Adafactor(Optimizer):
             param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        with torch.inference_mode(False), torch.no_grad():  # steps outside of it could not write to what is made in it
+        with torch.inference_mode(False):
             capture.lr_to_tensor(group)
-            moments.complete_all(self.state, group)
+        moments.make_missing(self.state, [group])
         if self._in_backward is not None:
             self._in_backward.attach(self, len(self.param_groups) - 1)
 
@@ -214,6 +218,10 @@ class Adafactor(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         overrides.check_all(self, self._parts)
+        self._settle_numbers()
+        if checkpoint.asks_for_state(self):
+            moments.make_missing(self.state, self.param_groups)
+            return loss
         if self._get_lr is not self._parts["_get_lr"] or not self._stepper.again(self):
             entries = self._overridden(entries_of(self.param_groups, self.state))
             self._stepper.step(self, entries, self.show_progress)
@@ -233,12 +241,18 @@ class Adafactor(Optimizer):
         """
         if isinstance(param, DTensor):
             raise RuntimeError("`step_parameter` steps parameters that are not sharded; ranks would wait for each other in it")
+        self._settle_numbers()
         if param.grad is not None:
             entry = entry_of(param, group, i, self.param_groups, self.state)
             self._stepper.step(self, self._overridden([entry]), self.show_progress, param)
             self._opt_called = True  # or torch's schedulers warn that nothing was stepped
 
     supports_fused_back_pass = True  # tools may drive `step_parameter` from hooks of their own
+
+    def _settle_numbers(self) -> None:
+        if not torch.compiler.is_compiling():  # a graph takes them as they are
+            for index, group in enumerate(self.param_groups):
+                edited.settle(group, index)
 
     def _overridden(self, entries: list[Entry]) -> list[Entry]:
         overrides.check_all(self, self._parts)
@@ -258,6 +272,7 @@ class Adafactor(Optimizer):
         Raises:
             RuntimeError: `compile=True` without a working toolchain.
         """
+        self._settle_numbers()
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
         self._stepper.compilation.make_ready(entries, self.param_groups, self.show_progress)
 
@@ -270,6 +285,7 @@ class Adafactor(Optimizer):
 
     def summary(self) -> Summary:
         """Shape classes, members, state bytes, path and compile seconds: see `Summary`; print it for a table."""
+        self._settle_numbers()
         entries = self._overridden(entries_of_all(self.param_groups, self.state))
         compilation = self._stepper.compilation
         return summary_of(plan_of(entries, None, compilation.fused), entries, not compilation.failed)
@@ -290,6 +306,7 @@ class Adafactor(Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """The state as transformers' Adafactor saves it; it loads there, and in any mode here."""
         moments.forget_replaced(self.state, self.param_groups)
+        moments.make_missing(self.state, self.param_groups)
         state_dict = super().state_dict()
         state_dict["state"] = {key: checkpoint.portable(state) for key, state in state_dict["state"].items()}
         return state_dict

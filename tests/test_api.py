@@ -60,6 +60,23 @@ def test_group_options_are_those_of_separate_optimizers(path: dict[str, Any]) ->
             torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
 
 
+@on_every_path
+def test_groups_name_what_the_constructor_does_not(path: dict[str, Any]) -> None:
+    """What counts is what a group ends up with."""
+    ours, theirs = parameters(SHAPES), parameters(SHAPES)
+    optimizer = Adafactor([{"params": ours, "lr": 1e-2}], relative_step=False, **path)
+    reference = TransformersAdafactor([{"params": theirs, "lr": 1e-2}], relative_step=False)
+    set_gradients(theirs, 1)
+    set_gradients(ours, 1)
+    optimizer.step()
+    reference.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-7)
+    with pytest.raises(ValueError, match="`lr` should be a number or a tensor when `relative_step=False`"):
+        Adafactor([{"params": ours[:1], "lr": 1e-2}, {"params": ours[1:]}], relative_step=False, **path)
+    Adafactor([{"params": ours, "beta1": 0.9}], cautious=True, **path)
+
+
 def test_groups_may_take_different_paths() -> None:
     params = [parameters(SHAPES) for _ in PATHS]
     optimizer = Adafactor([{"params": p, **path} for p, path in zip(params, PATHS.values(), strict=True)])
@@ -166,6 +183,54 @@ def test_frozen_parameters_and_named_ones(path: dict[str, Any]) -> None:
     optimizer.step()
     assert torch.equal(model.bias, before)
     assert optimizer.param_groups[0]["param_names"] == ["weight", "bias"]
+
+
+OF_INFERENCE: list[dict[str, Any]] = [{}, {"capturable": True}, {"nonfinite": "skip"}]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", OF_INFERENCE, ids=str)
+@on_every_path
+def test_parameters_made_in_inference_mode(path: dict[str, Any], options: dict[str, Any], dtype: torch.dtype) -> None:
+    with torch.inference_mode():
+        params = parameters(SHAPES, dtype)
+    others = parameters(SHAPES, dtype)
+    optimizer, expected = Adafactor(params, **options, **path), Adafactor(others, **options, **path)
+    for t in range(2):
+        set_gradients(params, t)
+        set_gradients(others, t)
+        optimizer.step()
+        expected.step()
+        optimizer.load_state_dict(optimizer.state_dict())
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+
+
+def in_one_memory(params: list[Tensor], kind: str) -> None:
+    if kind == "in part":
+        flat = torch.linspace(-1.0, 1.0, 72)
+        params[0].data, params[1].data = flat[:48].view(6, 8), flat[24:].view(6, 8)
+    else:
+        first, second = {"matrices": (0, 1), "vectors": (2, 3), "no dimensions": (4, 5)}[kind]
+        params[second].data = params[first].data
+
+
+@pytest.mark.parametrize("kind", ["matrices", "in part", "vectors", "no dimensions"])
+@pytest.mark.parametrize("before", [0, 2])
+@on_every_path
+def test_parameters_in_one_memory(path: dict[str, Any], before: int, kind: str) -> None:
+    """They step one after the other: at once, a step of one would be lost, or threads would race."""
+    stepped = []
+    for each in (path, {"foreach": False}):
+        params = parameters([(6, 8), (6, 8), (7,), (7,), (), ()])
+        optimizer = Adafactor(params, weight_decay=0.1, **each)
+        for t in range(before + 2):
+            if t == before:
+                in_one_memory(params, kind)
+            set_gradients(params, t)
+            optimizer.step()
+        stepped.append(params)
+    for p, q in zip(*stepped, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-6, atol=1e-6)
 
 
 def test_repr() -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from adafactor_compiled._fused.cpu.build import COMPILER
+from adafactor_compiled._fused.cpu.build import COMPILER, LIMIT, LIMITED
 
 C_COMPILER = "install a C compiler (Debian and Ubuntu: `apt-get install gcc`) or name it in the environment variable CC"
 TRITON = "install it: `pip install triton` on Linux, `pip install triton-windows` on Windows"
@@ -22,6 +22,7 @@ CACHE = (
     "TORCHINDUCTOR_CACHE_DIR"
 )
 LOCALE = "set the environment variable PYTHONUTF8=1"
+DIRECTORY = "change to one that is there with `os.chdir`"
 INTERPRETER = "set `sys.executable` to a Python interpreter"
 MORE = "set the environment variable TORCHDYNAMO_VERBOSE=1 to see all of the error"
 NOT_WRITABLE = {
@@ -73,14 +74,22 @@ def cause_of(error: BaseException) -> tuple[str, str]:
     chain = _chain(error)
     said = "\n".join(map(_text, chain))
     last = chain[-1]
+    no_python = f"torch could not start Python, since `sys.executable` is {sys.executable!r}", INTERPRETER
+    limit = next((os.strerror(x) for x in LIMITED if os.strerror(x) in said), None)
+    if limit is not None or any(isinstance(x, MemoryError) for x in chain):
+        return f"a limit of the system was reached: {limit or os.strerror(errno.ENOMEM)}", LIMIT
     if any(type(x).__name__ == "InvalidCxxCompiler" for x in chain):
         return "no C++ compiler was found", COMPILER
     if any(isinstance(x, ModuleNotFoundError) and x.name == "triton" for x in chain):
         return "Triton is missing, which makes the kernels of a GPU", TRITON
     if "Failed to find C compiler" in said:
         return "no C compiler was found, which Triton needs", C_COMPILER
+    if any(isinstance(x, FileNotFoundError) for x in chain) and _has_no_directory():
+        return "the working directory has been deleted", DIRECTORY
     for refused in (x for x in chain if isinstance(x, OSError)):
         where = f" ({Path(str(refused.filename)).name})" if refused.filename else ""
+        if _of_a_start(refused) and refused.filename == sys.executable:
+            return no_python
         if _of_a_start(refused):
             return f"the C++ compiler could not be started: {refused.strerror}{where}", COMPILER
         if refused.errno in NOT_WRITABLE:
@@ -95,7 +104,7 @@ def cause_of(error: BaseException) -> tuple[str, str]:
     if isinstance(last, UnicodeError):
         return f"torch could not read a text in the encoding of this locale: {_first_line(last)}", LOCALE
     if not sys.executable:
-        return f"torch could not start Python, since `sys.executable` is {sys.executable!r}", INTERPRETER
+        return no_python
     return f"a compilation failed: {type(last).__name__}: {_first_line(last)}", MORE
 
 
@@ -106,6 +115,15 @@ def _chain(error: BaseException | None) -> list[BaseException]:
         chain.append(error)
         error = getattr(error, "inner_exception", None) or error.__cause__ or error.__context__
     return chain
+
+
+def _has_no_directory() -> bool:
+    """Whether the working directory is gone: it says so where it is asked for."""
+    try:
+        os.getcwd()
+    except OSError:
+        return True
+    return False
 
 
 def _of_a_start(error: BaseException) -> bool:

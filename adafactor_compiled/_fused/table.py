@@ -57,7 +57,7 @@ class Table:
         furthest_written = torch.where(written, ends, 0).cummax(0).values[:-1]
         if bool(((begins < furthest) & written[1:] | (begins < furthest_written)).any()):
             owners = [self._spans[i][0] for i in order.tolist()]
-            return _overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
+            return overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
         self._last = addresses
         return set()
 
@@ -124,7 +124,7 @@ def _check_storages(x: Member, grad: Tensor, addresses: list[int]) -> None:
     x.looked_at[:] = [addresses]
 
 
-def _overlapping(spans: list[tuple[int, int, bool, int]]) -> set[int]:
+def overlapping(spans: list[tuple[int, int, bool, int]]) -> set[int]:
     """The owners of spans, in order of their starts, that overlap others of which one is written."""
     found: set[int] = set()
     still: list[tuple[int, int, bool, int]] = []

@@ -58,6 +58,18 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
             hook.remove()
 
 
+def asks_for_state(optimizer: Optimizer) -> bool:
+    """Whether a step is only to make state: torch.distributed.checkpoint steps with zeros at `lr` 0 where it finds none.
+
+    With a rate of the optimizer's own such a step would decay weights, and in any case count.
+    """
+    groups = optimizer.param_groups
+    if optimizer.state or torch.compiler.is_compiling() or any(group["lr"] is None or group["lr"] for group in groups):
+        return False
+    grads = [param.grad for group in groups for param in group["params"] if param.grad is not None]
+    return not any(grad.any() for grad in grads if not grad.is_meta)
+
+
 def portable(state: State) -> State:
     """A copy whose step count is an int, as transformers reads it; 0 where it has no memory."""
     step = state.get("step", 0)

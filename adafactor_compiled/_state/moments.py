@@ -133,10 +133,13 @@ def own_tensors(state: State) -> list[Tensor]:
     return [x for key, x in state.items() if key in KEYS and isinstance(x, Tensor)]
 
 
-def complete_all(states: dict[Any, State], group: Group) -> None:
-    """The same for the parameters of a group that are to be stepped."""
-    for param in filter(is_to_be_stepped, group["params"]):
-        complete(states[param], param, group)
+def make_missing(states: dict[Any, State], groups: Sequence[Group]) -> None:
+    """Make the state of parameters that are to be stepped and have none: tools put some into the groups by hand."""
+    with torch.inference_mode(False), torch.no_grad():  # steps outside of it could not write to what is made in it
+        for group in groups:
+            for param in filter(is_to_be_stepped, group["params"]):
+                if not states.get(param):
+                    complete(states.setdefault(param, {}), param, group)
 
 
 def forget_replaced(states: dict[Any, State], groups: Sequence[Group]) -> None:

@@ -17,6 +17,7 @@ from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.calls import Tables
 from adafactor_compiled._step.plan import Plan
+from adafactor_compiled._step.shared import sharing
 
 
 def skips_by_itself(device: torch.device) -> bool:
@@ -26,7 +27,7 @@ def skips_by_itself(device: torch.device) -> bool:
 
 class Gathered(NamedTuple):
     addresses: list[int]  # of the members of a plan's table, rows of numbers yet to be said
-    shared: list[int]  # positions of entries that share memory which is written, and cannot step together
+    shared: set[int]  # positions of entries that share memory which is written, and cannot step together
 
 
 def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
@@ -35,9 +36,9 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     Raises:
         RuntimeError: a tensor has no memory.
     """
-    table = plan.table
+    table, shared = plan.table, sharing(plan, entries)
     if table is None:
-        return Gathered([], [])
+        return Gathered([], shared)
     addresses: list[int] = []
     grads: list[Tensor] = []
     for i, member in zip(plan.fused, table.members, strict=True):
@@ -50,8 +51,8 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
                 "nothing was stepped"
             )
         addresses += (*found, 0)
-    conflicts = table.conflicts(addresses, grads)
-    return Gathered(addresses, [plan.fused[j] for j in sorted(conflicts)])
+    shared |= {plan.fused[j] for j in table.conflicts(addresses, grads)}
+    return Gathered(addresses, shared)
 
 
 def launched_of(plan: Plan, addresses: list[int], tables: Tables) -> Launched:

@@ -36,8 +36,8 @@ def kept_of(entries: list[Entry], update_rms: list[Tensor], by_themselves: Colle
 
 def _kept(entry: Entry, update_rms: Tensor) -> Kept:
     entry.state["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32, device=entry.param.device)
-    tensors = [local(x) for x in (entry.param, update_rms, *own_tensors(entry.state))]
-    return Kept(torch.isfinite(local(entry.grad)).all(), tensors, [x.detach().clone() for x in tensors])
+    tensors = [local(x).detach() for x in (entry.param, update_rms, *own_tensors(entry.state))]
+    return Kept(torch.isfinite(local(entry.grad)).all(), tensors, [x.clone() for x in tensors])
 
 
 def put_back(kept: list[Kept | None], finite: list[Tensor | None]) -> list[Tensor | None]:

@@ -96,7 +96,8 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
     members = [] if inline else [member_of(entries[i], classes[i][1], update_rms[i]) for i in launched]
     for i in () if inline or not fused else range(len(entries)):
-        piece = _piece_of(entries[i], update_rms[i]) if classes[i][0] == "sharded" and i not in moved else None
+        wanted = classes[i][0] == "sharded" and i not in moved and i not in apart
+        piece = _piece_of(entries[i], update_rms[i]) if wanted else None
         if piece is not None:
             classes[i] = "fused", piece.of
             launched.append(i)
@@ -141,9 +142,9 @@ def _table_of(members: list[Member], entries: list[Entry]) -> Table:
 
 def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
     path = path_of(entry.group, entry.param)
-    if path != "fused":
-        return path
-    return "reference" if apart else "fused" if fused else "compiled"
+    if apart and path != "sharded":
+        return "reference"
+    return "compiled" if path == "fused" and not fused else path
 
 
 def _is_unaligned(entry: Entry) -> bool:

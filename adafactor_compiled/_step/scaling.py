@@ -72,7 +72,7 @@ class Scaling(NamedTuple):
         """Put parameters, state and `update_rms` back as they were, bit for bit, if a gradient overflowed."""
         for _, param, _, state, _ in entries:
             state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-        tensors = [*(x for entry in entries for x in (entry.param, *own_tensors(entry.state))), *update_rms]
+        tensors = [*(x for entry in entries for x in (entry.param.detach(), *own_tensors(entry.state))), *update_rms]
         before = [x.clone() for x in tensors]
         yield
         for x, old, overflowed in zip(tensors, before, self._overflowed(tensors), strict=True):

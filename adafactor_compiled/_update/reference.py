@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 
 from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.options import Group
@@ -22,9 +21,9 @@ def step_parameter(
 
     `update_rms`, 0-dim, receives the RMS of the update before clipping. `draws` are for stochastic rounding.
     """
-    compute_dtype = state["RMS"].dtype
+    compute_dtype, param = state["RMS"].dtype, param.detach()  # what was made in inference mode can be written to so
     g = grad.to(compute_dtype)
-    if type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor:
+    if type(param) is Tensor:
         p = param.to(compute_dtype)  # param itself unless that is half-precision
     else:  # a subclass, as of weights that are kept quantized, which know how to be copied and little else
         p = torch.empty(param.shape, dtype=compute_dtype, device=param.device).copy_(param)

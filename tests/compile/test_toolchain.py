@@ -78,6 +78,23 @@ KINDS = {
         "compiled code could not be loaded from torch's cache: ", NO_CACHE, disk=("noexec", "true")
     ),
     "no sys.executable": Kind("`sys.executable` is None", ("`sys.executable`",), before="sys.executable = None", may_work=True),
+    "a sys.executable that is not there": Kind(
+        "`sys.executable` is '/nowhere/python'",
+        ("`sys.executable`",),
+        before="sys.executable = '/nowhere/python'",
+        may_work=True,
+    ),
+    "a working directory that is gone": Kind(
+        "the working directory has been deleted",
+        ("`os.chdir`",),
+        before="sys.path.insert(0, ''); import tempfile; os.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd())",
+        may_work=True,
+    ),
+    "no more open files": Kind(
+        "a limit of the system was reached: Too many open files",
+        ("`ulimit -a`",),
+        before="import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1,) * 2)",
+    ),
     "python -O": Kind("Python runs with -O", ("run Python without -O",), flags=("-O",)),
     "a locale of ASCII": Kind(
         *("in the encoding of this locale: 'ascii' codec", ("PYTHONUTF8=1",)),
@@ -210,6 +227,13 @@ ERRORS = {
         for name in ("EROFS", "EACCES", "EPERM", "ENOSPC", "EDQUOT", "ENOTDIR", "EEXIST")
         if hasattr(errno, name)
     },
+    "a limit": (
+        raised(RuntimeError("x"), OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+        "Too many open files",
+        ("ulimit",),
+    ),
+    "a compiler at a limit": (CppCompileError(f"error: {os.strerror(errno.EFBIG)}"), "File too large", ("ulimit",)),
+    "no memory": (raised(RuntimeError("x"), MemoryError("bad_alloc")), "Cannot allocate memory", ("ulimit",)),
     "further down": (raised(RuntimeError("x"), ValueError("y"), OSError(errno.ENOSPC, "full")), NOT_WRITTEN, NO_CACHE),
     "a compiler without room": (CppCompileError(f"error: {os.strerror(errno.ENOSPC)}"), NOT_WRITTEN, NO_CACHE),
     "code on a disk that runs none": (

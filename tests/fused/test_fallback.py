@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
@@ -114,6 +115,49 @@ def test_python_without_assertions_or_standard_error(flags: tuple[str, ...], tmp
     assert ran.code == 0, ran.complaints[-3000:]
     said, error, _ = json.loads(ran.printed.splitlines()[-1])
     assert (said, error) == ([], "")
+
+
+# What goes between import and first step; and the cause that is named, if kernels cannot be compiled then.
+GONE = {
+    "the working directory": ("import tempfile; os.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd())", ""),
+    "TMPDIR": ("os.rmdir(os.environ['TMPDIR'])", ""),
+    "HOME": ("os.rmdir(os.environ['HOME'])", ""),
+    "both": ("os.rmdir(os.environ['TMPDIR']); os.rmdir(os.environ['HOME'])", ""),
+    "PATH": ("del os.environ['PATH']", ""),
+    "the environment": ("os.environ.clear()", ""),
+    "open files": (
+        "import resource; resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir('/proc/self/fd')) - 1,) * 2)",
+        "Too many open files",
+    ),
+    "room in a file": (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))",
+        "compiled code could not be written or loaded: File too large",
+    ),
+}
+
+
+@needs_a_shell
+@pytest.mark.skipif(sys.platform != "linux", reason="limits are Linux's")
+@pytest.mark.parametrize("name", GONE)
+def test_what_is_gone_before_the_first_step(name: str, tmp_path: Path) -> None:
+    before, cause = GONE[name]
+    environment = {x: str(tmp_path / x) for x in ("TMPDIR", "HOME")}
+    for folder in environment.values():
+        Path(folder).mkdir()
+    nowhere = {"ADAFACTOR_COMPILED_CACHE_DIR": "", "XDG_CACHE_HOME": ""}
+    ran = run(Kind("", (), before=f"{before}\n", environment={**environment, **nowhere}), tmp_path, BODY)
+    assert ran.code == 0, ran.complaints[-3000:]
+    said, error, same = json.loads(ran.printed.splitlines()[-1])
+    if not cause:
+        assert (said, error) == ([], "")
+        return
+    assert same
+    assert len(said) == 1
+    for message in (*said, error):
+        assert cause in message
+        assert "`ulimit -a`" in message
+        assert "install" not in message
 
 
 FLAGS = {

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -135,18 +137,57 @@ def test_lr_with_a_dimension(path: str) -> None:
     assert all(torch.equal(p, q) for p, q in zip(*stepped, strict=True))
 
 
+NUMBERS = {"lr": 0.5, "clip_threshold": 0.5, "decay_rate": -0.5, "beta1": 0.5, "weight_decay": 0.5, "beta2_cap": 0.5}
+COUNTS = {"rounding_seed": 3, "min_dim_size_to_factor": 0, "decay_offset": 1}
+SET_BY_HAND: list[tuple[str, Any]] = [*NUMBERS.items(), *COUNTS.items(), ("eps", (0.5, 0.5))]
+KINDS: dict[str, Callable[[Any], Any]] = {
+    "an array without dimensions": np.array,
+    "an array": lambda x: np.array([x]),
+    "numpy's number": lambda x: np.array(x)[()],
+    "a tensor": lambda x: torch.tensor([x]),
+    "of two dimensions": lambda x: torch.tensor([[x]]),
+    "without dimensions": torch.tensor,
+    "with gradients": lambda x: torch.tensor([x], requires_grad=isinstance(x, float)),
+}
+
+
+@pytest.mark.parametrize(("option", "value"), SET_BY_HAND, ids=str)
 @pytest.mark.parametrize("path", PATHS)
-def test_option_with_a_dimension_that_is_set_between_steps(path: str) -> None:
-    stepped = []
-    for decay in (0.5, torch.tensor([0.5])):
-        params = parameters([(6, 4), (5,), (5,)])
-        optimizer = Adafactor(params, **PATHS[path])
-        optimizer.param_groups[0]["weight_decay"] = decay
-        set_gradients(params, 0)
+def test_numbers_that_are_set_by_hand(path: str, option: str, value: Any) -> None:
+    """Before the first step and between steps, as the number itself; or they are refused by name."""
+
+    def stepped(value: Any, after: int) -> list[Tensor]:
+        params = parameters([(6, 4), (5,), (5,), ()])
+        rounds = option == "rounding_seed" and path != "compiled"  # which would compile for long
+        options = {"stochastic_rounding": True, "momentum_dtype": torch.bfloat16} if rounds else {}
+        optimizer = Adafactor(params, lr=1e-3, relative_step=False, beta1=0.9, **options, **PATHS[path])
+        for step in range(3):
+            if step == after:
+                optimizer.param_groups[0][option] = value
+            set_gradients(params, step)
+            optimizer.step()
+        return params
+
+    for after in (0, 2):
+        expected = stepped(value, after)
+        for kind, of in KINDS.items():
+            given = tuple(map(of, value)) if option == "eps" else of(value)
+            for p, q in zip(stepped(given, after), expected, strict=True):
+                torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-5, msg=kind)
+        for bad in (np.ones(3), torch.ones(3), "much", [], True):
+            with pytest.raises(RuntimeError, match=re.escape(f"`{option}` should be ")):
+                stepped(bad, after)
+
+
+def test_a_tensor_that_is_set_by_hand_may_be_written_to() -> None:
+    params, decay = parameters([(6, 4)]), torch.tensor([0.0])
+    optimizer = Adafactor(params, lr=1.0, scale_parameter=False, relative_step=False, compile=False)
+    optimizer.param_groups[0]["weight_decay"] = decay
+    for step in range(2):
+        set_gradients(params, step, scale=0.0)
+        decay.fill_(step)
         optimizer.step()
-        stepped.append(params)
-    for p, q in zip(*stepped, strict=True):
-        torch.testing.assert_close(p, q)
+    assert not params[0].any()
 
 
 def test_groups_of_another_optimizer() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import itertools
 import pickle
@@ -15,10 +16,12 @@ from parameters import parameters, params_of, set_gradients
 from paths import PATHS
 from strategies import Problem, problems
 from tolerances import assert_same_parameter, assert_same_state, largest
-from torch import Tensor
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
 from transformers.optimization import Adafactor as TransformersAdafactor
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._state.options import OPTIONS
 
 FLOATS = (torch.float32, torch.float64)
 HALVES = (torch.bfloat16, torch.float16)
@@ -188,6 +191,24 @@ def test_copies_go_on_alike(path: str, copied: Any) -> None:
 
 
 @pytest.mark.parametrize("path", PATHS)
+def test_pickled_before_an_option_existed(path: str) -> None:
+    params, optimizer = make(**PATHS[path])
+    step(params, optimizer)
+    old = copy.deepcopy(optimizer)
+    for group in (old.defaults, *old.param_groups):
+        for name in OPTIONS.keys() - inspect.signature(TransformersAdafactor).parameters.keys() - PATHS[path].keys():
+            del group[name]
+    del old.show_progress
+    twin = pickle.loads(pickle.dumps(old))
+    assert twin.defaults.items() >= optimizer.defaults.items()
+    others = twin.param_groups[0]["params"]
+    step(params, optimizer, seed=2)
+    step(others, twin, seed=2)
+    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    twin.add_param_group({"params": parameters([(3,)])})
+
+
+@pytest.mark.parametrize("path", PATHS)
 def test_momentum_that_is_turned_on_later_starts_from_zero(path: str) -> None:
     params, optimizer = make(lr=1e-2, relative_step=False, **PATHS[path])
     step(params, optimizer)
@@ -217,3 +238,49 @@ def test_hooks_of_users_see_and_replace_what_is_loaded() -> None:
     other.load_state_dict(optimizer.state_dict())
     assert other.param_groups[0]["weight_decay"] == 0.25
     assert seen == [float(optimizer.state[params[0]]["RMS"])]
+
+
+@pytest.mark.parametrize("full", [False, True])
+@pytest.mark.parametrize("path", PATHS)
+def test_parameters_put_into_a_group_by_hand_are_saved_and_loaded(path: str, full: bool) -> None:
+    """accelerate and Trainer put DTensors there; torch.distributed.checkpoint then finds state, that of the first ones."""
+    models, optimizers = [nn.Linear(3, 2, bias=False) for _ in range(2)], []
+    for model in models:
+        optimizers.append(Adafactor(model.parameters(), lr=1e-3, relative_step=False, **PATHS[path]))
+        model.weight = nn.Parameter(torch.ones(2, 3))
+        optimizers[-1].param_groups[0]["params"] = [model.weight]
+    options = StateDictOptions(full_state_dict=full)
+    assert get_optimizer_state_dict(models[1], optimizers[1], options=options)["state"]["weight"]["step"] == 0
+    step([models[0].weight], optimizers[0])
+    models[0].zero_grad()
+    set_optimizer_state_dict(models[1], optimizers[1], get_optimizer_state_dict(models[0], optimizers[0]), options=options)
+    models[1].load_state_dict(models[0].state_dict())
+    for model, optimizer in zip(models, optimizers, strict=True):
+        step([model.weight], optimizer, seed=2)
+    assert torch.equal(models[0].weight, models[1].weight)
+    assert_equal_trees(optimizers[0].state_dict()["state"], optimizers[1].state_dict()["state"])
+
+
+RATES = [{}, {"lr": 1e-3, "relative_step": False}, {"lr": torch.tensor(1e-3), "relative_step": False, "capturable": True}]
+
+
+@pytest.mark.parametrize("options", RATES, ids=str)
+@pytest.mark.parametrize("path", PATHS)
+def test_a_step_of_zeros_that_is_to_make_state_makes_nothing_else(path: str, options: dict[str, Any]) -> None:
+    """torch.distributed.checkpoint takes it, at `lr` 0, where there is no state: `relative_step` has a rate none the less."""
+    model = nn.Linear(3, 2)
+    before = copy.deepcopy(model.state_dict())
+    optimizer = Adafactor(model.parameters(), weight_decay=0.1, weight_decay_scale="none", **options, **PATHS[path])
+    optimizer.state.clear()
+    state = get_optimizer_state_dict(model, optimizer)["state"]
+    assert_equal_trees(dict(model.state_dict()), dict(before))
+    assert [x["step"] for x in state.values()] == [0, 0]
+    assert all(not x.any() for of_param in state.values() for key, x in of_param.items() if key != "step")
+    assert optimizer.param_groups[0]["lr"] is options.get("lr")
+
+
+def test_a_step_at_lr_0_of_an_optimizer_without_state_is_a_step() -> None:
+    params, optimizer = make(lr=0.0, relative_step=False, compile=False)
+    optimizer.state.clear()
+    step(params, optimizer)
+    assert [optimizer.state[p]["step"] for p in params] == [1] * len(params)

@@ -34,6 +34,7 @@ LEVELS = {
     "AVX2": ("-mavx2", "-mfma", "-mf16c"),
 }
 FULL = ("No space left on device", "Disk quota exceeded")
+LIMITED = (errno.EMFILE, errno.ENFILE, errno.EAGAIN, errno.ENOMEM, errno.EFBIG)
 COMPILER = (
     "install a C++ compiler (Debian and Ubuntu: `apt-get install g++`; conda: `conda install gxx`) or name it in the "
     "environment variable CXX"
@@ -42,6 +43,7 @@ CACHE = (
     "name a folder that you and nobody else can write to, on a disk with room from which code may run, in the environment "
     "variable ADAFACTOR_COMPILED_CACHE_DIR"
 )
+LIMIT = "raise the limit that is reached (`ulimit -a` lists those of a process), or free some of what it counts"
 
 
 class Unavailable(RuntimeError):
@@ -93,7 +95,7 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | Unavailable:
     try:
         code = source.read_bytes()
     except OSError as error:
-        return Unavailable(f"{source} could not be read: {error.strerror}", "install adafactor_compiled again")
+        return Unavailable(f"{source} could not be read: {error.strerror}", _remedy(error, "install adafactor_compiled again"))
     key = _digest(repr((code, flags, __version__, sys.platform, platform.machine())).encode())
     try:
         compiler, version = _compiler()
@@ -104,6 +106,10 @@ def _load(source: Path, defines: tuple[str, ...]) -> ctypes.CDLL | Unavailable:
         return _cached(name) or _build(command, code, name)
     except Unavailable as error:
         return _cached(key) or Unavailable(error.cause, error.remedy)  # another compiler's, if there is one
+
+
+def _remedy(error: OSError, otherwise: str) -> str:
+    return LIMIT if error.errno in LIMITED else otherwise
 
 
 def _digest(content: bytes) -> str:
@@ -143,7 +149,7 @@ def _cached(name: str) -> ctypes.CDLL | None:
 
 def _build(command: Sequence[str], code: bytes, name: str) -> ctypes.CDLL:
     """Compile in the first folder that can be written and runs code, and publish there what has loaded."""
-    refused = []
+    refused: list[tuple[OSError, Path]] = []
     for folder in _folders():
         try:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -155,8 +161,10 @@ def _build(command: Sequence[str], code: bytes, name: str) -> ctypes.CDLL:
                 os.replace(library, Path(work).with_name(f"{name}-{_digest(library.read_bytes())}.so"))
                 return loaded
         except OSError as error:
-            refused.append(f"{error.strerror or error} ({folder})")
-    raise Unavailable(f"compiled code could not be written or loaded: {'; '.join(refused)}", CACHE)
+            refused.append((error, folder))
+    causes = "; ".join(f"{error.strerror or error} ({folder})" for error, folder in refused)
+    remedy = next((LIMIT for error, _ in refused if error.errno in LIMITED), CACHE)
+    raise Unavailable(f"compiled code could not be written or loaded: {causes}", remedy)
 
 
 @functools.cache
@@ -178,7 +186,7 @@ def _compiler() -> tuple[list[str], str]:
 
 def _run(command: Sequence[str], work: str | None = None) -> str:
     """What a compiler prints. Its own temporary files lie in `work`, and go with it."""
-    environment = {**os.environ, "LC_ALL": "C", **({"TMPDIR": work} if work else {})}
+    environment = {"PATH": os.defpath, **os.environ, "LC_ALL": "C", **({"TMPDIR": work} if work else {})}
     try:
         process = subprocess.Popen(
             command,
@@ -190,7 +198,8 @@ def _run(command: Sequence[str], work: str | None = None) -> str:
             start_new_session=True,
         )
     except OSError as error:
-        raise Unavailable(f"the C++ compiler could not be started: {error.strerror} ({command[0]})", COMPILER) from error
+        cause = f"the C++ compiler could not be started: {error.strerror} ({command[0]})"
+        raise Unavailable(cause, _remedy(error, COMPILER)) from error
     with process:
         try:
             output, _ = process.communicate(timeout=SECONDS)
@@ -204,5 +213,7 @@ def _run(command: Sequence[str], work: str | None = None) -> str:
         return printed
     if work and (full := next((x for x in FULL if x in printed), None)):
         raise OSError(errno.ENOSPC, full)
+    if work and (too_large := os.strerror(errno.EFBIG)) in printed:
+        raise OSError(errno.EFBIG, too_large)
     lines = [line.strip() for line in printed.splitlines() if line.strip()] or [f"status {process.returncode}"]
     raise Unavailable(f"the C++ compiler failed: {next((x for x in lines if 'error' in x.lower()), lines[0])}", COMPILER)
