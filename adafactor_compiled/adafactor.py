@@ -191,7 +191,7 @@ class Adafactor(Optimizer):
             param_group.update(plain, params=params)  # not a copy: schedules and wrappers hold this dict
         super().add_param_group(param_group)
         group = self.param_groups[-1]
-        with torch.inference_mode(False):
+        with torch.inference_mode(False), torch.no_grad():
             capture.lr_to_tensor(group)
         moments.make_missing(self.state, [group])
         if self._in_backward is not None:

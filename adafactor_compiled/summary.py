@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -10,7 +10,7 @@ from torch import Tensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._fused import launches
-from adafactor_compiled._fused.launches import Kernels, kernels_of
+from adafactor_compiled._fused.launches import Kernels
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.calls import passes_of
@@ -78,8 +78,11 @@ class Summary(NamedTuple):
 def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     """Summarize a plan; nothing is compiled."""
     classes, seconds = [], {}
+    members = () if plan.table is None else plan.table.members
+    kernels = {i: member.planned.kernels for i, member in zip(plan.fused, members, strict=False)}
     for part in plan.parts:
-        shape_class, keys = part.shape_class, _passes_of(part, entries) if compiles or part.path == "fused" else []
+        shape_class, launched = part.shape_class, kernels.get(part.positions[0])
+        keys = [launched] if launched is not None else _passes_of(part, entries) if compiles else []
         of_part = {key: _seconds_of(key) for key in keys}
         known = {key: value for key, value in of_part.items() if value is not None}
         seconds.update(known)
@@ -92,7 +95,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
                 factored=shape_class.factored,
                 momentum=shape_class.momentum is not None,
                 state_bytes=_bytes(value for i in part.positions for value in entries[i].state.values()),
-                path=_path(part, compiles),
+                path=part.path if launched is not None else _path(part, compiles),
                 compiled=bool(of_part) and len(known) == len(of_part),
                 compile_seconds=sum(known.values()),
             )
@@ -100,13 +103,10 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     return Summary(classes, sum(seconds.values()))
 
 
-def _passes_of(part: Part, entries: list[Entry]) -> list[Pass | Kernels]:
+def _passes_of(part: Part, entries: list[Entry]) -> Sequence[Pass | Kernels]:
     of = part.shape_class
     if part.path == "sharded":
-        return [*passes_of_shards(entries[i] for i in part.positions)]
-    kernels = kernels_of(of) if part.path == "fused" else None
-    if kernels is not None:
-        return [kernels]
+        return passes_of_shards(entries[i] for i in part.positions)
     return [*passes_of(of)] if part.path == "compiled" and route_of(of) is not None else []
 
 
@@ -115,8 +115,9 @@ def _seconds_of(key: Pass | Kernels) -> float | None:
 
 
 def _path(part: Part, compiles: bool) -> str:
+    """Of what kernels do not step."""
     of, path = part.shape_class, part.path
-    if (path == "fused" and kernels_of(of) is None) or (path == "compiled" and not (compiles and route_of(of))):
+    if path == "fused" or (path == "compiled" and not (compiles and route_of(of))):
         return "multi_tensor" if of.plain else "reference"
     return path
 

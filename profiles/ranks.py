@@ -1,12 +1,14 @@
 """Time the optimizer step of a model under `fully_shard` over the number of ranks, beside AdamW on the same shards.
 
-Measured on this machine with gloo over loopback, one thread a rank: more ranks than cores share them. For 8 to 1,024 ranks, on
-paper: the bytes that a step moves through memory and sends, over the bandwidths and latencies that PAPER states.
+Measured on this machine with gloo over loopback, one thread a rank: more ranks than cores share them. What a step takes of a
+processor for each of many small parameters, kernels included, is the time of a process. For 8 to 1,024 ranks, on paper: the
+bytes that a step moves through memory and sends, over the bandwidths and latencies that PAPER states.
 """
 
 from __future__ import annotations
 
 import math
+import statistics
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +25,9 @@ from adafactor_compiled import Adafactor
 
 RANKS = (1, 2, 4)
 PAPER_RANKS = tuple(8 << i for i in range(8))
-ADAFACTOR, ADAMW, FUSED = "Adafactor, compiled", "AdamW", "fused AdamW"
+ADAFACTOR, UNSHARDED, COMPILED = "Adafactor, fused", "the same, unsharded", "Adafactor, compiled"
+ADAMW, FUSED = "AdamW", "fused AdamW"
+SMALL = {"150 weights of 128 x 128": [(128, 128)] * 150, "and 150 biases": [(128, 128), (128,)] * 150}
 
 Shape = tuple[int, ...]
 
@@ -46,7 +50,7 @@ def decoder(layers: int, width: int, hidden: int, tokens: int) -> list[Shape]:
 
 def sent_numbers(shapes: list[Shape]) -> int:
     """What a step of row-sharded parameters adds up over the ranks."""
-    return sum(2 * shape[1] + 4 if len(shape) == 2 else 4 for shape in shapes)
+    return 1 + sum(2 * shape[1] + 4 if len(shape) == 2 else 4 for shape in shapes)
 
 
 def paper(ranks: int) -> dict[str, float]:
@@ -85,19 +89,37 @@ def sharded_parameters(shapes: list[Shape]) -> list[Tensor]:
     return params
 
 
+def adafactor(params: list[Tensor], **options: Any) -> Adafactor:
+    return Adafactor(params, lr=1e-3, relative_step=False, show_progress=False, **options)
+
+
+def makers() -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
+    return {
+        ADAFACTOR: adafactor,
+        COMPILED: lambda params: adafactor(params, compile=True),
+        ADAMW: lambda params: torch.optim.AdamW(params, lr=1e-3),
+        FUSED: lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
+    }
+
+
+def whole(params: list[Tensor]) -> list[Tensor]:
+    copies = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]  # type: ignore[attr-defined]
+    for p in copies:
+        p.grad = torch.randn_like(p)
+    return copies
+
+
 def measure(rank: int, ranks: int, store: str, shapes: list[Shape], rounds: int, answers: Any) -> None:
     """Milliseconds of each round of each contender, the slowest rank's; rank 0 answers."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    makers: dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]] = {
-        ADAFACTOR: lambda params: Adafactor(params, lr=1e-3, relative_step=False, compile=True, show_progress=False),
-        ADAMW: lambda params: torch.optim.AdamW(params, lr=1e-3),
-        FUSED: lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-    }
-    optimizers = {name: make(sharded_parameters(shapes)) for name, make in makers.items()}
+    optimizers = {name: make(sharded_parameters(shapes)) for name, make in makers().items()}
+    if ranks == 1:
+        optimizers[UNSHARDED] = adafactor(whole(sharded_parameters(shapes)))
     for turn in range(ranks):  # the first compiles, and the others find it on the disk
         if turn == rank:
-            optimizers[ADAFACTOR].warm_up()
+            for name in (ADAFACTOR, COMPILED):
+                optimizers[name].warm_up()  # type: ignore[attr-defined]
         dist.barrier()
     buffer = torch.zeros(sent_numbers(shapes))
     steps: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in optimizers.items()}
@@ -111,22 +133,39 @@ def measure(rank: int, ranks: int, store: str, shapes: list[Shape], rounds: int,
             if round_ >= 0:
                 times[i, round_] = (time.perf_counter() - start) * 1e3
     dist.all_reduce(times, dist.ReduceOp.MAX)
+    small = {name: processor_time(shapes, rounds) for name, shapes in SMALL.items()}
     if rank == 0:
-        answers.put(dict(zip(steps, times.tolist(), strict=True)))
+        answers.put((dict(zip(steps, times.tolist(), strict=True)), small))
     dist.destroy_process_group()
 
 
-def measured(ranks: int, shapes: list[Shape], rounds: int) -> dict[str, Any]:
+def processor_time(shapes: list[Shape], rounds: int) -> dict[str, float]:
+    """Microseconds of this process for each of these parameters, of a step of each contender."""
+    chosen = {name: make for name, make in makers().items() if name in (ADAFACTOR, FUSED)}
+    optimizers = {name: make(sharded_parameters(shapes)) for name, make in chosen.items()}
+    times: dict[str, list[float]] = {name: [] for name in optimizers}
+    for round_ in range(-2, rounds):
+        for name, optimizer in optimizers.items():
+            dist.barrier()
+            start = time.process_time()
+            optimizer.step()
+            if round_ >= 0:
+                times[name].append((time.process_time() - start) * 1e6 / len(shapes))
+    return {name: statistics.median(of) for name, of in times.items()}
+
+
+def measured(ranks: int, shapes: list[Shape], rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
     context = mp.get_context("spawn")
     answers = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
         mp.spawn(measure, (ranks, f"{folder}/store", shapes, rounds, answers), ranks)
-        return {name: timing_of(times) for name, times in answers.get(timeout=10).items()}
+        times, small = answers.get(timeout=10)
+        return {name: timing_of(of) for name, of in times.items()}, small
 
 
 def draw(timings: dict[int, dict[str, Any]], on_paper: dict[int, dict[str, float]]) -> Any:
     figure, (left, right) = figures().subplots(1, 2, figsize=(11, 4.4))
-    for name in (ADAFACTOR, ADAMW, FUSED, "all_reduce"):
+    for name in (ADAFACTOR, COMPILED, ADAMW, FUSED, "all_reduce"):
         style = {"linestyle": "--"} if name in (ADAMW, "all_reduce") else {}
         label = "the all_reduce alone" if name == "all_reduce" else name
         values = [timings[n][name] for n in timings]
@@ -150,11 +189,14 @@ def main() -> None:
     arguments = options.parse_args()
     shapes = decoder(1, 64, 160, 200) if arguments.quick else decoder(4, 512, 1376, 8192)
     ranks = RANKS[:2] if arguments.quick else RANKS
-    timings = {n: measured(n, shapes, 3 if arguments.quick else arguments.rounds) for n in ranks}
+    of_ranks = {n: measured(n, shapes, 3 if arguments.quick else arguments.rounds) for n in ranks}
+    timings, small = ({n: x[i] for n, x in of_ranks.items()} for i in (0, 1))
     on_paper = {n: paper(n) for n in PAPER_RANKS}
     names = list(timings[1])
-    rows = [[str(n), *map(str, timings[n].values())] for n in ranks]
+    rows = [[str(n), *(str(timings[n].get(name, "")) for name in names)] for n in ranks]
     print(markdown_table(["ranks", *names], rows))
+    rows = [[f"{name}, {n} ranks", *(f"{x:.1f}" for x in small[n][name].values())] for name in SMALL for n in ranks]
+    print(markdown_table(["processor time, us a parameter", ADAFACTOR, FUSED], rows))
     rows = [[f"{n:,}", *(f"{seconds * 1e3:.2f}" for seconds in times.values())] for n, times in on_paper.items()]
     print(markdown_table(["ranks, on paper", *(f"{name}, ms" for name in on_paper[8])], rows))
     payload = {
@@ -164,6 +206,7 @@ def main() -> None:
         "parameters": sum(map(math.prod, shapes)),
         "sent_bytes_per_step": 4 * sent_numbers(shapes),
         "timings": timings,
+        "processor_microseconds_a_parameter": small,
         "paper": {"assumptions": PAPER, "seconds": on_paper},
     }
     written = write_result("ranks", payload, arguments.results)

@@ -21,6 +21,7 @@ PRIVATE = {
     "_state.moments": {"torch._dynamo"},  # mark_static_address, for CUDA graphs
     "_state.placements": {
         "torch.distributed._functional_collectives",
+        "torch.distributed.tensor._dtensor_spec",  # for what lies on another device than its mesh
         "torch.distributed.tensor.placement_types._StridedShard",
     },
     "_step.ranges": {"torch._C"},  # whether a profiler runs

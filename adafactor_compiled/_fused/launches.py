@@ -3,6 +3,9 @@
 A *member* is a parameter that kernels step, with its gradient and state. A *launch* steps many members of the same types, on
 one device, from tables: where the tensors of each lie (`ADDRESSES`), its `Numbers`, and how each is cut into units of work,
 which shapes alone decide. On a CPU a launch is a call of C++ (cpu/), on a GPU some kernels of Triton's (gpu/).
+
+Of a parameter that ranks share, a member is the *piece* of this one. Its launch is called twice: what it sums, ranks add up
+before the second call; for cautious steps thrice.
 """
 
 from __future__ import annotations
@@ -24,6 +27,18 @@ from adafactor_compiled._state.shape_class import ShapeClass
 # kept as a whole stands for rows and columns, and what stands for rows for a momentum where there is none.
 ADDRESSES = gpu.ADDRESSES
 Kernels = cpu_layout.Kernels | gpu_layout.Kernels
+STATISTICS, COUNT, STEP = range(3)  # calls: the first two are for pieces, and write nothing but sums
+
+
+class Piece(NamedTuple):
+    """Of a member that is one: the columns of another table."""
+
+    sums: int  # address of what ranks add up, float64, in the order of `_sharded/exchange.py`
+    agree: int  # and of how many elements agree, for cautious steps, else 0
+    split: int  # of cpu/layout.py
+    numel: int  # of the whole parameter
+    rows: int
+    columns: int
 
 
 class Launch(Protocol):
@@ -39,8 +54,13 @@ class Launch(Protocol):
     def forget(self) -> None:
         """Keep nothing on the device: in the memory of a CUDA graph, where it may lie, nothing may stay."""
 
-    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int] | None:
-        """Step the members.
+    def share(self, pieces: Sequence[Piece | None]) -> None:
+        """Say which members are pieces."""
+
+    def run(
+        self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP
+    ) -> array[int] | None:
+        """Step the members, or take the statistics of those that are pieces.
 
         Args:
             addresses: `ADDRESSES` of each, of memory that was checked.
@@ -52,9 +72,11 @@ class Launch(Protocol):
         """
 
 
-def kernels_of(of: ShapeClass) -> Kernels | None:
-    """None for what has no kernels: it is stepped by operations of torch."""
-    return gpu_layout.kernels_of(of) if gpu_layout.is_gpu(of.device) else cpu_layout.kernels_of(of)
+def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
+    """None for what has no kernels: it is stepped by operations of torch; `split` says what ranks split of a piece."""
+    if gpu_layout.is_gpu(of.device):
+        return gpu_layout.kernels_of(of) if split is None else None
+    return cpu_layout.kernels_of(of, split)
 
 
 class Planned(NamedTuple):
@@ -65,11 +87,11 @@ class Planned(NamedTuple):
     cut: cpu_layout.Cut | None  # on a CPU
 
 
-def planned(of: ShapeClass) -> Planned:
-    """Of a member that has kernels."""
-    kernels = kernels_of(of)
+def planned(of: ShapeClass, split: int | None = None) -> Planned:
+    """Of a member that has kernels, see `kernels_of`."""
+    kernels = kernels_of(of, split)
     assert kernels is not None
-    return Planned(of, kernels, cpu_layout.cut_of(of) if isinstance(kernels, cpu_layout.Kernels) else None)
+    return Planned(of, kernels, cpu_layout.cut_of(of, split) if isinstance(kernels, cpu_layout.Kernels) else None)
 
 
 def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:

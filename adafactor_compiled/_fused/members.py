@@ -11,15 +11,30 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 
 from adafactor_compiled._fused.launches import Planned, planned
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.shape_class import ShapeClass
 
 STRIDED = torch.strided
 P, G, ROW, COL, EXP_AVG, RMS = range(6)  # columns of addresses
+
+
+class Placed(NamedTuple):
+    """Of a piece of a DTensor: what is looked at of the whole."""
+
+    param: DTensor
+    mesh: DeviceMesh
+    placements: tuple[Placement, ...]
+    names: list[str]  # what of the state is a DTensor
+    split: int | None  # see cpu/layout.py; None for what is not split, and no piece
+    origin: Origin
 
 
 class Factor(NamedTuple):
@@ -34,7 +49,8 @@ class Factor(NamedTuple):
 
 @dataclass(frozen=True, eq=False, slots=True)  # equal is what is the same: tensors would be compared by their elements
 class Member:
-    param: Tensor
+    param: Tensor  # the whole, of a piece
+    placed: Placed | None
     group: Group
     position: int  # counted over all groups
     of: ShapeClass  # of the parameter as kernels see it
@@ -54,6 +70,7 @@ class Member:
     update_rms: Tensor
     update_rms_at: int
     spans: tuple[Span, ...]
+    empty: bool  # a piece of nothing
     written: list[Tensor]
     looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
 
@@ -66,8 +83,8 @@ class Span(NamedTuple):
     tensor: Tensor | None  # None for its gradient, the one that is not written
 
 
-def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor) -> Member:
-    """An entry whose gradient and state were checked."""
+def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed | None = None) -> Member:
+    """An entry whose gradient and state were checked; of this rank's pieces, where they are `placed`."""
     p, g, state = entry.param, entry.grad, entry.state
 
     def factor(name: str) -> Factor:
@@ -81,12 +98,14 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor) -> Member:
     spans = [Span(P, _bytes(p.shape, p.stride(), p.dtype), p), Span(G, _bytes(g.shape, g.stride(), g.dtype), None)]
     spans += [Span(column, _bytes(x.shape, x.stride, x.dtype), x.tensor) for column, x in factors]
     written = [p, *(x.tensor for _, x in factors), rms, update_rms]
+    spans = [span for span in (*spans, Span(RMS, rms.element_size(), rms)) if span.size > 0]
     return Member(
-        param=p,
+        param=p if placed is None else placed.param,
+        placed=placed,
         group=entry.group,
         position=entry.position,
         of=of,
-        planned=planned(of),
+        planned=planned(of, None if placed is None else placed.split),
         type=type(p),
         device_index=p.get_device(),
         dtype=p.dtype,
@@ -101,13 +120,16 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor) -> Member:
         state_dtype=rms.dtype,
         update_rms=update_rms,
         update_rms_at=update_rms.data_ptr(),
-        spans=(*spans, Span(RMS, rms.element_size(), rms)),
+        spans=tuple(spans),
+        empty=not p.numel(),
         written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version
         looked_at=[],
     )
 
 
 def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
+    if 0 in shape:
+        return 0
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
 
 
@@ -142,13 +164,30 @@ def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ..
     if x.exp_avg is not None:
         exp_avg = _address_of(x.exp_avg, state, index)
     param, grad, of_rms = p.data_ptr(), g.data_ptr(), rms.data_ptr()
-    if param and grad and row and col and exp_avg and of_rms:
+    if param and grad and row > 0 and col > 0 and exp_avg > 0 and of_rms:
+        return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
+    if x.empty and row >= 0 and col >= 0 and exp_avg >= 0 and of_rms:
         return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
     return None
 
 
+def of_this_rank(x: Placed, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, Tensor, State] | None:
+    """The piece of a parameter, of its gradient and its state; None where they are not placed as they were."""
+    if type(p) is not DTensor or type(g) is not DTensor or p.device_mesh is not x.mesh or g.device_mesh is not x.mesh:
+        return None
+    if p.placements != x.placements or g.placements != x.placements:
+        return None
+    state = state.copy()
+    for name in x.names:
+        whole = state.get(name)
+        if type(whole) is not DTensor:
+            return None
+        state[name] = whole.to_local()
+    return p.to_local(), g.to_local(), state
+
+
 def _address_of(x: Factor, state: State, index: int) -> int:
-    """0 where it is not as it was."""
+    """-1 where it is not as it was."""
     name, tensor, dtype, shape, stride = x
     if (
         state.get(name) is not tensor
@@ -157,6 +196,6 @@ def _address_of(x: Factor, state: State, index: int) -> int:
         or tensor.stride() != stride
         or tensor.get_device() != index
     ):
-        return 0
+        return -1
     address: int = tensor.data_ptr()
     return address

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from adafactor_compiled._fused.launches import Launch, kernels_of, launches_of, planned
 from adafactor_compiled._fused.members import addresses_in, member_of
-from adafactor_compiled._fused.table import Table
+from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import SECOND_MOMENTS, Momentum, factored_dims, is_cautious, momentum_of
@@ -127,7 +127,7 @@ def _stepped_by_kernels(
     if table.conflicts(addresses, [x.grad for x in entries]):
         return set()
     of_draws = {} if draws is None else {i: draws[position] for i, position in enumerate(positions)}
-    table.run(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws)
+    table.run(Found(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws))
     for launch in table.launches:  # which are kept, and this may be inside of a CUDA graph
         launch.forget()
     return set(positions)

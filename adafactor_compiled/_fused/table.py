@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.launches import ADDRESSES, Launch
+from adafactor_compiled._fused.launches import ADDRESSES, STEP, Launch, Piece
 from adafactor_compiled._fused.members import Member
 from adafactor_compiled._state.layout import compute_dtype
+
+
+class Found(NamedTuple):
+    """What a step finds anew of the members of a table."""
+
+    addresses: list[int]  # `ADDRESSES` of each
+    numbers: array[float] | Mapping[tuple[torch.device, torch.dtype], Tensor]  # rows, or those of devices and dtypes
+    draws: Mapping[int, Tensor]  # of members that are rounded stochastically
 
 
 class Table:
@@ -20,6 +29,8 @@ class Table:
         self.members, self.launches = members, launches
         self._written = [tensor for x in members for tensor in x.written]
         self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
+        self.sharded = [x.position for x in members if x.placed is not None]  # positions in the optimizer
+        self._buffers: list[Tensor] = []  # where pieces have their sums
         self.done: list[int] = []  # members that the present run has stepped
         self._last: list[int] = []  # addresses of memory that was looked at
         self._spans = [(i, span) for i, x in enumerate(members) for span in x.spans]
@@ -50,30 +61,30 @@ class Table:
         self._last = addresses
         return set()
 
-    def run(
-        self,
-        addresses: list[int],
-        numbers: array[float] | Mapping[tuple[torch.device, torch.dtype], Tensor],
-        draws: Mapping[int, Tensor],
-    ) -> set[int]:
-        """Step all members, where there are no conflicts; gives those that kernels skipped.
+    def share(self, buffers: list[Tensor], pieces_of: Callable[[], Sequence[Piece | None]]) -> None:
+        """Say which members are pieces, with sums in these buffers, where that is not known yet."""
+        if len(buffers) == len(self._buffers) and all(a is b for a, b in zip(buffers, self._buffers, strict=True)):
+            return
+        pieces, self._buffers = pieces_of(), buffers
+        for launch in self.launches:
+            launch.share([pieces[i] for i in launch.positions])
 
-        Args:
-            addresses: `ADDRESSES` of each.
-            numbers: rows of `Numbers`, or those of each device and dtype of the arithmetic.
-            draws: of members that are rounded stochastically.
-        """
-        table, self.done = array("q", addresses), []
+    def call(self, call: int, found: Found) -> None:
+        """What comes before the step of pieces: writes nothing but their sums."""
+        table = array("q", found.addresses)
+        for launch in self.launches:
+            self._run(launch, table, found, call)
+
+    def run(self, found: Found) -> set[int]:
+        """Step all members, where there are no conflicts; gives those that kernels skipped."""
+        table, self.done = array("q", found.addresses), []
         skipped: set[int] = set()
         try:
             for launch in self.launches:
-                of, positions = launch.kernels, launch.positions
-                of_launch = table if self._in_order else _chosen(table, positions)
-                key = launch.shape_class.device, compute_dtype(of.dtype)
-                of_draws = torch.stack([draws[i] for i in positions]) if of.rounding else None
+                positions = launch.positions
                 launch.ran = False
                 try:
-                    flags = launch.run(of_launch, numbers if isinstance(numbers, array) else numbers[key], of_draws)
+                    flags = self._run(launch, table, found, STEP)
                 finally:
                     self.done += positions if launch.ran else []
                 if flags is not None and any(flags):
@@ -83,6 +94,13 @@ class Table:
             written = self._written if all_done else [x for i in self.done for x in self.members[i].written]
             torch.autograd.graph.increment_version(written)
         return skipped
+
+    def _run(self, launch: Launch, table: array[int], found: Found, call: int) -> array[int] | None:
+        of, positions, numbers = launch.kernels, launch.positions, found.numbers
+        addresses = table if self._in_order else _chosen(table, positions)
+        key = launch.shape_class.device, compute_dtype(of.dtype)
+        draws = torch.stack([found.draws[i] for i in positions]) if of.rounding else None
+        return launch.run(addresses, numbers if isinstance(numbers, array) else numbers[key], draws, call)
 
 
 def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:

@@ -6,10 +6,10 @@ another one, of a number each, for the parameters whose updates are cautious.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Collection, Sequence
+from itertools import pairwise
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -17,6 +17,8 @@ from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
+from adafactor_compiled._sharded.agreement import agreed, can_sum, group_over
+from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import factored_dims, is_cautious, momentum_of
 from adafactor_compiled._state.options import Group, wants_rounding
 from adafactor_compiled._state.placements import Origin, Split, origin_of, split_dims, split_of, window_of
@@ -29,7 +31,6 @@ Shape = tuple[int, ...]
 class Slot(NamedTuple):
     """One parameter's places in the buffers of its mesh."""
 
-    number: int  # among the parameters of the mesh
     split: Split
     window: list[slice]  # of this rank's piece; empty where nothing is laid out by the place of a piece
     origin: Origin | None  # where that piece begins, if it can be rounded stochastically
@@ -40,14 +41,19 @@ class Slot(NamedTuple):
     third: dict[str, Tensor]
 
     def add(self, **terms: Tensor) -> None:
-        if self.counts:
-            for name, term in terms.items():
-                self.first[name].copy_(term)
+        for name, term in terms.items():
+            self.first[name].copy_(term)
+
+
+class Buffer(NamedTuple):
+    flat: Tensor  # in float64 for parameters of any dtype: sums are few, and kernels know one kind
+    replicas: list[Tensor]  # parts whose sums another rank adds
 
 
 class Kind(NamedTuple):
     """What the places of a parameter depend on beside itself."""
 
+    dtype: torch.dtype
     dims: tuple[int, int] | None  # see `factored_dims`
     rounds: bool  # stochastically
     cautious: bool
@@ -55,7 +61,7 @@ class Kind(NamedTuple):
     @classmethod
     def of(cls, param: DTensor, group: Group) -> Kind:
         cautious = is_cautious(momentum_of(param.dtype, group))
-        return cls(factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
+        return cls(param.dtype, factored_dims(param.shape, group), wants_rounding(param.dtype, group), cautious)
 
     def described(self) -> str:
         factored = "not factored" if self.dims is None else f"factored over {self.dims}"
@@ -67,15 +73,15 @@ class Kind(NamedTuple):
 
 
 class Exchange:
-    """The buffers of the parameters on one mesh, and the process group that adds them up.
+    """The buffers of the parameters on one mesh and device, and the process group that adds them up.
 
-    The layout depends on the parameters that are not frozen, and not on which of them have a gradient. Ranks that disagree on
-    the gradients thus take part in the same all_reduce, and learn from it that they do. A frozen parameter takes part while it
-    has a gradient: that, and what is frozen, must be the same on all ranks, or they wait for each other.
+    Each parameter has a place where ranks count who has its gradient: those that disagree take part in the same all_reduce, and
+    learn from it that they do. The sums of a parameter get places when it is to be stepped or first has a gradient, on all
+    ranks alike, and keep them: to freeze parameters changes nothing.
 
     Args:
         mesh: the mesh, which this rank is part of.
-        params: (position in the optimizer, parameter) of everything on this mesh that may get a gradient.
+        params: (position in the optimizer, parameter) of everything on this mesh and device.
         kinds: what else its places depend on.
 
     Raises:
@@ -83,79 +89,149 @@ class Exchange:
     """
 
     def __init__(self, mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]], kinds: Sequence[Kind]) -> None:
-        _check_agreement(mesh, params, kinds)
-        self.params, self.kinds = params, kinds
-        summed = sorted({dim for _, param in params for dim in split_dims(param)})
-        self.group = _group_over(mesh, summed)
-        self.ranks = math.prod(mesh.size(dim) for dim in summed)
-        dtype = torch.float64 if any(param.dtype == torch.float64 for _, param in params) else torch.float32
-        self.device = device = params[0][1].to_local().device
-        seen = [kind.seen(param) for (_, param), kind in zip(params, kinds, strict=True)]
-        terms = [_terms(split_of(x, kind.dims is not None), tuple(x.shape)) for x, kind in zip(seen, kinds, strict=True)]
-        self.first, first = _buffer(len(params), [x for x, _ in terms], dtype, device)
-        self.second, second = _buffer(0, [x for _, x in terms], dtype, device)
-        self.third, third = _buffer(0, [{"agreeing": ()} if kind.cautious else {} for kind in kinds], dtype, device)
-        self.slots = {
-            position: _slot(i, x, kind, summed, (first[i], second[i], third[i]))
-            for i, ((position, _), x, kind) in enumerate(zip(params, seen, kinds, strict=True))
-        }
+        self.mesh, self.params, self.kinds = mesh, params, kinds
+        self._numbers = {position: i for i, (position, _) in enumerate(params)}
+        mine = [
+            f"parameter {i} of shape {tuple(x.shape)}, {kind.dtype}, {kind.described()}, placements {x.placements}"
+            for (i, x), kind in zip(params, kinds, strict=True)
+        ]
+        wanted = [i for i, (_, x) in enumerate(params) if x.requires_grad or x.grad is not None]
+        self._summed = agreed(mesh, mine, wanted)
+        self._dims = sorted({dim for _, param in params for dim in split_dims(param)})
+        self.group = group_over(mesh, self._dims)
+        self._sent = torch.float64 if any(kind.dtype is torch.float64 for kind in kinds) else torch.float32
+        self.ranks = math.prod(mesh.size(dim) for dim in self._dims)
+        self.device = device_of(params[0][1])
         # A read would make every step wait for the device: there the copy is looked at before the next step.
-        self.tells_late = device.type != "cpu"
+        self.tells_late = self.device.type != "cpu"
         self._unread: tuple[Tensor, Tensor, torch.Event] | None = None
+        self._expected: tuple[list[int], Tensor] = [-1], torch.empty(0)
+        self._present = torch.empty(0)
+        self._lay_out()
+
+    def _lay_out(self) -> None:
+        """Those parameters together which the same ranks have: a rank adds the sums of all of them or of none."""
+        split = {i: split_dims(self.params[i][1]) for i in self._summed}
+        together = group_by_key(tuple(x) for x in split.values()).values()
+        chosen = [list(split)[j] for run in together for j in run]
+        counts = [_is_first(self.mesh, self._dims, split[i]) for i in chosen]
+        ends = torch.tensor([0, *map(len, together)], device="cpu").cumsum(0).tolist()
+        replicas = [(a, b) for a, b in pairwise(ends) if not counts[a]]
+        seen = [self.kinds[i].seen(self.params[i][1]) for i in chosen]
+        terms = [_terms(split_of(x, self.kinds[i].dims is not None), x.shape) for i, x in zip(chosen, seen, strict=True)]
+        agreeing: list[dict[str, Shape]] = [{"agreeing": ()} if self.kinds[i].cautious else {} for i in chosen]
+        with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+            self.first, first = self._buffer(len(self.params) + 1, [x for x, _ in terms], replicas)
+            self.second, second = self._buffer(0, [x for _, x in terms], [])
+            self.third, third = self._buffer(0, agreeing, replicas)
+        places = zip(first, second, third, strict=True)
+        self.slots = {
+            self.params[i][0]: _slot(x, self.kinds[i], self._dims, counts[j], of)
+            for j, (i, x, of) in enumerate(zip(chosen, seen, places, strict=True))
+        }
+
+    def _buffer(
+        self, head: int, terms: list[dict[str, Shape]], replicas: list[tuple[int, int]]
+    ) -> tuple[Buffer, list[dict[str, Tensor]]]:
+        """`head` numbers and the terms of each parameter, these also as views; `replicas` are ranges of parameters."""
+        sizes = [[math.prod(shape) for shape in x.values()] for x in terms]
+        starts = [head]
+        for of_param in sizes:
+            starts.append(starts[-1] + sum(of_param))
+        flat = torch.zeros(starts[-1], dtype=torch.float64, device=self.device)
+        views = iter(torch.split(flat[head:], [size for of_param in sizes for size in of_param]))
+        of_params = [{name: next(views).view(shape) for name, shape in x.items()} for x in terms]
+        return Buffer(flat, [flat[starts[a] : starts[b]] for a, b in replicas]), of_params
+
+    def described(self) -> list[tuple[int, int, Kind, torch.device]]:
+        """What it was made for: position, identity, kind and device of each parameter."""
+        return [(i, id(x), kind, self.device) for (i, x), kind in zip(self.params, self.kinds, strict=True)]
 
     def clear(self) -> None:
-        """Start a step."""
-        if self._unread is not None:
-            present, expected, copied = self._unread
-            self._unread = None
-            copied.synchronize()
-            self._check(present, expected, "an update of the last step is wrong")
-        self.first.zero_()
-        self.second.zero_()
-        self.third.zero_()
+        for buffer in (self.first, self.second, self.third):
+            buffer.flat.zero_()
 
-    def sum_first(self, positions: Sequence[int]) -> None:
-        """Add up the first buffer.
+    def told(self) -> RuntimeError | None:
+        """That ranks have disagreed in the last step, where that could not be told then."""
+        if self._unread is None:
+            return None
+        present, expected, copied = self._unread
+        self._unread = None
+        copied.synchronize()
+        return self._error(present, expected, "an update of the last step is wrong")
+
+    def sum_first(self, positions: Collection[int], disagreed: Tensor | None) -> Tensor | None:
+        """Add up the first buffer; gives whether ranks disagree on gradients, 0-dim, where there are several.
 
         Args:
-            positions: the parameters that have a gradient on this rank.
-
-        Raises:
-            RuntimeError: where another rank's are others.
+            positions: of the parameters that have a gradient on this rank.
+            disagreed: whether those of another mesh do, which its ranks tell the others.
         """
         if self.group is None:
+            return disagreed
+        head = len(self.params) + 1
+        numbers = [self._numbers[position] for position in positions if position in self._numbers]
+        if numbers != self._expected[0]:
+            expected = torch.zeros(head, dtype=torch.float64, device="cpu")
+            expected[numbers] = 1
+            self._expected = numbers, expected
+        present = self.first.flat[:head].copy_(to_device(self._expected[1], self.device))
+        if disagreed is not None:
+            present[-1].copy_(disagreed)
+        self.sum(self.first)
+        self._present = present.clone()
+        return (self._present != to_device(self._expected[1] * self.ranks, self.device)).any()
+
+    def sum(self, buffer: Buffer) -> None:
+        flat = buffer.flat
+        if not flat.numel() or self.group is None:
             return
-        n = len(self.params)
-        expected = torch.zeros(n, dtype=self.first.dtype, device="cpu")
-        expected[[self.slots[position].number for position in positions]] = self.ranks
-        present = self.first[:n]
-        present.copy_(to_device(expected / self.ranks, present.device))
-        dist.all_reduce(self.first, group=self.group)
+        for x in buffer.replicas:
+            x.zero_()
+        sent = flat.to(self.device if can_sum(self.group, self.device) else self.mesh.device_type, self._sent)
+        dist.all_reduce(sent, group=self.group)
+        if sent is not flat:
+            flat.copy_(sent)
+
+    def found(self) -> RuntimeError | None:
+        """That ranks disagree, as the first buffer says; or that is looked at before the next step."""
+        if self.group is None:
+            return None
+        expected = self._expected[1] * self.ranks
         if not self.tells_late:
-            self._check(present, expected, "nothing was stepped")
-            return
-        copied = torch.Event(present.device)
-        self._unread = present.to("cpu", non_blocking=True), expected, copied
+            return self._error(self._present, expected, "nothing was stepped")
+        copied = torch.Event(self.device)
+        self._unread = self._present.to("cpu", non_blocking=True), expected, copied
         copied.record()
+        return None
 
-    def sum(self, buffer: Tensor) -> None:
-        """Add up another buffer."""
-        if buffer.numel() and self.group is not None:
-            dist.all_reduce(buffer, group=self.group)
+    def admit(self, positions: Collection[int]) -> None:
+        """Give places to the sums of parameters that have their first gradient, as all ranks have seen."""
+        new = {self._numbers[position] for position in positions if position in self._numbers} - set(self._summed)
+        if new:
+            self._summed = sorted({*self._summed, *new})
+            self._lay_out()
 
-    def _check(self, present: Tensor, expected: Tensor, outcome: str) -> None:
+    def _error(self, present: Tensor, expected: Tensor, outcome: str) -> RuntimeError | None:
         if torch.equal(present, expected):
-            return
+            return None
         wrong = int((present != expected).nonzero()[0])
+        if wrong == len(self.params):
+            return RuntimeError(f"ranks of another mesh disagree on gradients, and say there on which; {outcome}")
         position, param = self.params[wrong]
-        raise RuntimeError(
+        return RuntimeError(
             f"the gradient of parameter {position} (shape {tuple(param.shape)}, placements {param.placements}) should be "
             f"None on all of {self.ranks} ranks or on none but is there on: {int(present[wrong])}; {outcome}"
         )
 
 
+def device_of(param: DTensor) -> torch.device:
+    """That of its piece, which is not its mesh's where parameters are offloaded."""
+    return param.to_local().device
+
+
 def _terms(split: Split, shape: Shape) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The shapes of what the ranks add up of a parameter, in the first round and in the second."""
+    """The shapes of what the ranks add up of a parameter, in the first round and in the second; step.cpp knows this order."""
     always: dict[str, Shape] = {"param_sq": (), "nonfinite": ()}
     if split in (Split.VECTOR, Split.SLICES):
         return {**always, "update_sq": ()}, {}
@@ -167,69 +243,23 @@ def _terms(split: Split, shape: Shape) -> tuple[dict[str, Shape], dict[str, Shap
     return {**always, "row_sq": of_rows, "col_sq": of_columns}, {"row": lead, "weighted_sq": lead}
 
 
-def _buffer(
-    head: int, terms: list[dict[str, Shape]], dtype: torch.dtype, device: torch.device
-) -> tuple[Tensor, list[dict[str, Tensor]]]:
-    """A flat buffer of `head` elements and the terms of each parameter, and these as views of it."""
-    sizes = [math.prod(shape) for of_param in terms for shape in of_param.values()]
-    flat = torch.zeros(head + sum(sizes), dtype=dtype, device=device)
-    views = iter(torch.split(flat[head:], sizes))
-    return flat, [{name: next(views).view(shape) for name, shape in of_param.items()} for of_param in terms]
-
-
-def _slot(index: int, param: DTensor, kind: Kind, summed: list[int], terms: tuple[dict[str, Tensor], ...]) -> Slot:
+def _slot(param: DTensor, kind: Kind, summed: list[int], counts: bool, terms: tuple[dict[str, Tensor], ...]) -> Slot:
     factored = kind.dims is not None
-    split, split_by, coordinate = split_of(param, factored), split_dims(param), param.device_mesh.get_coordinate() or ()
+    split, split_by = split_of(param, factored), split_dims(param)
     of_rows = [dim for dim, tensor_dim in split_by.items() if tensor_dim != param.ndim - 1]
     return Slot(
-        index,
         split,
         window=window_of(param) if split is Split.GRID else [],
         origin=origin_of(param, factored) if kind.rounds else None,
-        counts=all(coordinate[dim] == 0 for dim in summed if dim not in split_by),
-        owns_rows=all(coordinate[dim] == 0 for dim in summed if dim not in of_rows),
+        counts=counts,
+        owns_rows=_is_first(param.device_mesh, summed, of_rows),
         first=terms[0],
         second=terms[1],
         third=terms[2],
     )
 
 
-def _group_over(mesh: DeviceMesh, dims: list[int]) -> dist.ProcessGroup | None:
-    """The ranks that differ from this one along these mesh dimensions alone; None where there are no others."""
-    if len(dims) < 2:
-        return mesh.get_group(dims[0]) if dims else None
+def _is_first(mesh: DeviceMesh, summed: Sequence[int], split: Collection[int]) -> bool:
+    """Whether this rank is the first one of those that have the same of what these mesh dimensions split."""
     coordinate = mesh.get_coordinate() or ()
-    ranks = sorted(mesh.mesh[tuple(slice(None) if dim in dims else at for dim, at in enumerate(coordinate))].flatten().tolist())
-    if ranks == list(range(dist.get_world_size())):
-        return dist.group.WORLD
-    # Not DeviceMesh._flatten: from then on DTensor gathers over the flattened dimension, which permutes the rows of what
-    # two dimensions split unevenly (torch 2.13).
-    group: dist.ProcessGroup = dist.new_group(ranks, use_local_synchronization=True)
-    return group
-
-
-def _check_agreement(mesh: DeviceMesh, params: Sequence[tuple[int, DTensor]], kinds: Sequence[Kind]) -> None:
-    """Raise RuntimeError on every rank of the mesh unless all ranks list the same parameters and options."""
-    mine = [
-        f"parameter {i} of shape {tuple(x.shape)}, {x.dtype}, {kind.described()}, placements {x.placements}"
-        for (i, x), kind in zip(params, kinds, strict=True)
-    ]
-    digests = _gathered(mesh, hashlib.sha256("\n".join(mine).encode()).hexdigest())
-    if len(set(digests.values())) == 1:
-        return
-    lists = _gathered(mesh, mine)
-    (a, first), (b, second) = next(((a, x), (b, y)) for a, x in lists.items() for b, y in lists.items() if x != y)
-    i = next(i for i in range(max(len(first), len(second))) if first[i : i + 1] != second[i : i + 1])
-    was = " and ".join(f"{(x[i : i + 1] or ['nothing'])[0]} on rank {rank}" for rank, x in ((a, first), (b, second)))
-    raise RuntimeError(f"every rank should step the same DTensor parameters but there is {was}; nothing was stepped")
-
-
-def _gathered(mesh: DeviceMesh, value: Any) -> dict[int, Any]:
-    """The value of each rank of a mesh, by its global rank."""
-    values = {dist.get_rank(): value}
-    for dim in range(mesh.ndim):
-        group = mesh.get_group(dim)
-        received: list[Any] = [None] * dist.get_world_size(group)
-        dist.all_gather_object(received, values, group=group)
-        values = {rank: x for of_rank in received for rank, x in of_rank.items()}
-    return dict(sorted(values.items()))
+    return all(coordinate[dim] == 0 for dim in summed if dim not in split)

@@ -17,12 +17,15 @@ from torch.distributed.tensor import DTensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._compile.passes import pass_of
-from adafactor_compiled._sharded.exchange import Exchange, Kind, Slot
+from adafactor_compiled._fused.launches import COUNT, STATISTICS
+from adafactor_compiled._fused.table import Found, Table
+from adafactor_compiled._sharded.exchange import Slot
+from adafactor_compiled._sharded.exchanges import Exchanges, admit, agree, begin, slots_of
+from adafactor_compiled._sharded.members import local_grad, pieces_of
 from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
 from adafactor_compiled._state.entries import Entry, path_of
-from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import factored_dims, is_cautious, momentum_of
-from adafactor_compiled._state.options import Group, wants_rounding
+from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Split, local, split_of
 from adafactor_compiled._state.views import origin_in
 from adafactor_compiled._update import vectors
@@ -31,23 +34,6 @@ from adafactor_compiled._update.matrices import Averages, Factors, Sums, average
 from adafactor_compiled._update.members import Member
 from adafactor_compiled._update.numbers import Numbers, moving_average
 from adafactor_compiled._update.rounding import draws_of_entries
-
-
-def exchanges_of(groups: list[Group], last: Sequence[Exchange]) -> Sequence[Exchange]:
-    """The exchanges of all DTensor parameters that may get a gradient: the last ones, where these are the same."""
-    params = [(param, group) for group in groups for param in group["params"]]
-    sharded = [
-        (i, param, Kind.of(param, group))
-        for i, (param, group) in enumerate(params)
-        if isinstance(param, DTensor) and (param.requires_grad or param.grad is not None)
-    ]
-    known = [(*x, kind) for exchange in last for x, kind in zip(exchange.params, exchange.kinds, strict=True)]
-    same = len(known) == len(sharded) and {(i, id(x), kind) for i, x, kind in known} == {(i, id(x), y) for i, x, y in sharded}
-    if same and all(x.device == exchange.device for exchange in last for _, x in exchange.params):
-        return last
-    by_mesh = group_by_key(param.device_mesh for _, param, _ in sharded)
-    of_meshes = [(mesh, [sharded[i] for i in chosen]) for mesh, chosen in by_mesh.items()]
-    return [Exchange(mesh, [x[:2] for x in chosen], [x[2] for x in chosen]) for mesh, chosen in of_meshes]
 
 
 class Job(NamedTuple):
@@ -60,41 +46,63 @@ class Job(NamedTuple):
     draws: Tensor | None = None  # for stochastic rounding
 
 
-def step(exchanges: Sequence[Exchange], jobs: Sequence[Job]) -> dict[int, Tensor]:
+class Launched(NamedTuple):
+    """The part of a step that kernels take, plain parameters included."""
+
+    table: Table
+    found: Found
+
+    @property
+    def positions(self) -> list[int]:
+        """Of its DTensors."""
+        return self.table.sharded
+
+
+def step(exchanges: Exchanges, jobs: Sequence[Job], launched: Launched | None) -> tuple[dict[int, Tensor], set[int]]:
     """Step DTensor parameters; collective over their meshes.
 
     Args:
         exchanges: of all DTensor parameters, also of those without a gradient.
-        jobs: those that have one.
+        jobs: those that have one, and that kernels do not step.
+        launched: those that they do.
 
     Returns:
-        Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group asks.
+        Whether the whole gradient is finite, 0-dim, by the position of the parameter, where a group of the jobs asks; and
+        which members kernels have skipped.
 
     Raises:
         RuntimeError: before anything has changed, where another rank has other gradients.
     """
-    slots = {position: slot for exchange in exchanges for position, slot in exchange.slots.items()}
-    for exchange in exchanges:
-        exchange.clear()
+    positions = [job.entry.position for job in jobs] + (launched.positions if launched else [])
+    slots = slots_of(exchanges)
+    if not slots.keys() >= set(positions):
+        admit(exchanges, positions)
+        slots = slots_of(exchanges)
+    begin(exchanges)
     pieces = [KINDS[slots[job.entry.position].split](job, slots[job.entry.position]) for job in _with_draws(jobs, slots)]
     for piece in pieces:
         piece.first()
         if piece.entry.group["nonfinite"] == "skip":
             piece.slot.add(nonfinite=~torch.isfinite(piece.grad).all())
-    for exchange in exchanges:
-        exchange.sum_first([job.entry.position for job in jobs if job.entry.position in exchange.slots])
+    if launched:
+        launched.table.share([x.first.flat for x in exchanges], lambda: pieces_of(launched.table.members, slots))
+        launched.table.call(STATISTICS, launched.found)
+    agree(exchanges, positions)
     for piece in pieces:
         piece.second()
     for exchange in exchanges:
         exchange.sum(exchange.second)
     for piece in pieces:
         piece.third()
+    if launched and any(x.third.flat.numel() for x in exchanges):
+        launched.table.call(COUNT, launched.found)
     for exchange in exchanges:
         exchange.sum(exchange.third)
+    skipped = launched.table.run(launched.found) if launched else set()
     for piece in pieces:
         piece.finish()
     asking = [job.entry.position for job in jobs if job.entry.group["nonfinite"] == "skip"]
-    return {position: slots[position].first["nonfinite"] == 0 for position in asking}
+    return {position: slots[position].first["nonfinite"] == 0 for position in asking}, skipped
 
 
 def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
@@ -108,14 +116,6 @@ def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
 
 def _rounds(entry: Entry) -> bool:
     return wants_rounding(entry.param.dtype, entry.group)
-
-
-def local_grad(entry: Entry) -> Tensor:
-    """The gradient placed as its parameter is; a sum that is still due over the ranks is taken here."""
-    param, grad = entry.param, entry.grad
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return local(grad)
 
 
 def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
@@ -175,7 +175,7 @@ class _Piece:
         return self.slot.first[name].to(self.table.dtype)
 
     def agree(self, agreeing: Callable[[], Tensor]) -> None:
-        if self.slot.third and self.slot.counts:
+        if self.slot.third:
             self.slot.third["agreeing"].copy_(agreeing())
 
     def share(self) -> Tensor | None:
@@ -252,7 +252,8 @@ class _Columns(_Matrix):
         row = moving_average(self.x.row, self.summed("row_sq") / self.columns, self.numbers)
         row_mean = row.mean(-1)
         self.x.row.copy_(row)
-        return Averages(row_mean, self.col, (self.summed("weighted_sq") * (row_mean.unsqueeze(-1) / row)).sum())
+        # The mean last: beside large rows, its ratio to one without gradient would overflow.
+        return Averages(row_mean, self.col, ((self.summed("weighted_sq") / row).sum(-1) * row_mean).sum())
 
 
 class _Grid(_Matrix):
@@ -262,10 +263,9 @@ class _Grid(_Matrix):
         sums = self.piece.plain_sums()
         *lead, rows, columns = self.slot.window
         self.lead, self.of_rows, self.of_columns = tuple(lead), (*lead, rows), (*lead, columns)
-        if self.slot.counts:
-            self.slot.first["param_sq"].copy_(sums.param_sq)
-            self.slot.first["row_sq"][self.of_rows].copy_(sums.row_sq)
-            self.slot.first["col_sq"][self.of_columns].copy_(sums.col_sq)
+        self.slot.add(param_sq=sums.param_sq)
+        self.slot.first["row_sq"][self.of_rows].copy_(sums.row_sq)
+        self.slot.first["col_sq"][self.of_columns].copy_(sums.col_sq)
 
     def second(self) -> None:
         row_sq, col_sq = self.summed("row_sq")[self.of_rows], self.summed("col_sq")[self.of_columns]

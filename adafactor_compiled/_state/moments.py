@@ -135,7 +135,7 @@ def own_tensors(state: State) -> list[Tensor]:
 
 def make_missing(states: dict[Any, State], groups: Sequence[Group]) -> None:
     """Make the state of parameters that are to be stepped and have none: tools put some into the groups by hand."""
-    with torch.inference_mode(False):  # steps outside of it could not write to what is made in it
+    with torch.inference_mode(False), torch.no_grad():  # steps outside of it could not write to what is made in it
         for group in groups:
             for param in filter(is_to_be_stepped, group["params"]):
                 if not states.get(param):

@@ -173,13 +173,13 @@ def placed(value: Tensor, param: DTensor, dims: Sequence[int], dtype: torch.dtyp
 
 
 def _wrapped(local: Tensor, param: DTensor, dims: Sequence[int]) -> DTensor:
-    shape = torch.Size(param.shape[dim] for dim in dims)
+    mesh, placements, shape = param.device_mesh, placements_of(param, dims), torch.Size(param.shape[dim] for dim in dims)
     # The shape and stride of the whole are given, since uneven shards do not tell them.
-    return DTensor.from_local(
-        local,
-        param.device_mesh,
-        placements_of(param, dims),
-        run_check=False,
-        shape=shape,
-        stride=contiguous_stride(tuple(shape)),
-    )
+    stride = contiguous_stride(tuple(shape))
+    if local.device.type in (mesh.device_type, "meta"):
+        return DTensor.from_local(local, mesh, placements, run_check=False, shape=shape, stride=stride)
+    # A parameter that is offloaded, and so is its state; `from_local` would move it to the device of the mesh.
+    from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
+
+    spec = DTensorSpec(mesh, tuple(placements), TensorMeta(shape, stride, local.dtype))
+    return DTensor(local, spec, requires_grad=False)  # type: ignore[no-untyped-call]

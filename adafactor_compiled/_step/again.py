@@ -14,8 +14,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adafactor_compiled._fused.launches import ADDRESSES, launches_of
-from adafactor_compiled._fused.members import Member, addresses_in
-from adafactor_compiled._fused.table import Table
+from adafactor_compiled._fused.members import Member, addresses_in, of_this_rank
+from adafactor_compiled._fused.table import Found, Table
+from adafactor_compiled._sharded.exchanges import Exchanges, slots_of
+from adafactor_compiled._sharded.step import Launched
+from adafactor_compiled._sharded.step import step as step_shared
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
@@ -38,8 +41,10 @@ class Again:
         self._options: dict[int, tuple[Any, ...]] = {}  # by the id of the group, when its members were looked at
         self._table: Table | None = None
         self._tables: dict[tuple[int, ...], Table] = {}  # by the ids of the members, the last ones last
+        self._exchanges: Exchanges = ()
+        self._count = 0  # of parameters, with those that have no gradient
 
-    def learn(self, plan: Plan, entries: Sequence[Entry], groups: Sequence[Group]) -> None:
+    def learn(self, plan: Plan, entries: Sequence[Entry], groups: Sequence[Group], exchanges: Exchanges) -> None:
         """Know the members of a plan, if all that it steps can be stepped so; and forget what has left its group."""
         if plan.table is None or len(plan.fused) < len(entries) or plan.update_rms[0].is_inference():
             return self.forget()
@@ -52,7 +57,8 @@ class Again:
             if self._options.setdefault(id(group), options_of(group)) != options_of(group):
                 return self.forget()
         self._members |= {id(member.param): member for member in plan.table.members}
-        self._table, self._tables = plan.table, {}
+        self._table, self._tables, self._exchanges = plan.table, {}, exchanges
+        self._count = sum(len(group["params"]) for group in groups)
 
     def _let_go(self, groups: Sequence[Group]) -> None:
         """Keep nothing alive that has left its group."""
@@ -61,7 +67,7 @@ class Again:
             self.forget()
 
     def forget(self) -> None:
-        self._members, self._options, self._table, self._tables = {}, {}, None, {}
+        self._members, self._options, self._table, self._tables, self._exchanges = {}, {}, None, {}, ()
 
     def step(self, optimizer: Optimizer) -> Record | None:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
@@ -76,7 +82,8 @@ class Again:
         addresses: list[int] = []
         counts: list[int] = []
         rows: list[tuple[Any, ...]] = []
-        skips, position = False, -1
+        skips, position, exchanges = False, -1, self._exchanges
+        slots = slots_of(exchanges)
         for group in optimizer.param_groups:
             skips, row, last = skips or group["nonfinite"] == "skip", -1, None
             for p in group["params"]:
@@ -90,7 +97,13 @@ class Again:
                     return None
                 if state is None:
                     return None
-                found, count = addresses_in(member, p, g, state), state.get("step")
+                count, local, of_rank = state.get("step"), (p, g, state), member.placed
+                if of_rank is not None:
+                    here = of_this_rank(of_rank, p, g, state)
+                    if here is None or (of_rank.split is not None and position not in slots):
+                        return None
+                    local = here
+                found = addresses_in(member, *local)
                 if found is None or type(count) is not int:
                     return None
                 if count != last:
@@ -99,10 +112,10 @@ class Again:
                 addresses += found
                 addresses.append(row)
                 chosen.append(member)
-                grads.append(g)
+                grads.append(local[1])
                 states.append(state)
                 counts.append(count)
-        if not chosen:
+        if not chosen or position + 1 != self._count:
             return None
         table = self._table
         if chosen != table.members:
@@ -111,11 +124,13 @@ class Again:
             return None
         draws = _draws_of(chosen, counts)
         numbers = array("d", [x for of_row in rows for x in of_row])
+        table.done = []
         try:
             for state in states:
                 state["step"] += 1
             with range_of_table(table) if profiled() else UNNAMED:
-                kept = table.run(addresses, numbers, draws)
+                launched = Launched(table, Found(addresses, numbers, draws))
+                kept = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
         except BaseException as error:
             for i in set(range(len(chosen))) - set(table.done):
                 states[i]["step"] = counts[i]
@@ -157,6 +172,7 @@ def _draws_of(members: Sequence[Member], counts: Sequence[int]) -> dict[int, Ten
     for device in {members[i].of.device for i in rounding}:
         at = [i for i in rounding if members[i].of.device == device]
         seeds, positions = [members[i].group["rounding_seed"] for i in at], [members[i].position for i in at]
-        of_device = draws_of(seeds, positions, [(0, 0, 0)] * len(at), [counts[i] + 1 for i in at], device)
+        origins = [(0, 0, 0) if x.placed is None else x.placed.origin for x in (members[i] for i in at)]
+        of_device = draws_of(seeds, positions, origins, [counts[i] + 1 for i in at], device)
         draws |= dict(zip(at, of_device, strict=True))
     return draws

@@ -18,7 +18,7 @@ from adafactor_compiled._state.moments import SECOND_MOMENTS, is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._step.routes import Route, route_of
 from adafactor_compiled._update.members import Members
-from adafactor_compiled._update.rounding import SWAPPED
+from adafactor_compiled._update.rounding import swapped
 
 
 class Call(NamedTuple):
@@ -90,7 +90,7 @@ class Tables:
         """[k, DRAWS], likewise; of the transposes, where they are stepped instead."""
         rows = [self.draws_of_each[i] for i in positions]
         draws = torch.stack(rows + rows[-1:] * (k - len(rows)))
-        return draws[:, SWAPPED] if transposed else draws
+        return swapped(draws) if transposed else draws
 
 
 def run_call(call: Call, members: Members) -> Tensor:

@@ -10,8 +10,10 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.placements import split_dims
 
 
 def lr_to_tensor(group: Group) -> None:
@@ -37,6 +39,11 @@ def is_captured(groups: Sequence[Group]) -> bool:
         return False
     for index, group in enumerate(groups):
         lr, params = group["lr"], group["params"]
+        if any(isinstance(param, DTensor) and split_dims(param) for param in params):
+            raise RuntimeError(
+                "a step captured in a CUDA graph should be of parameters that no other rank has a piece of, since ranks look "
+                f"on the host whether they agree, but parameter group {index} has some; nothing was stepped"
+            )
         if not group["capturable"]:
             raise RuntimeError(
                 f"`capturable` should be True to capture a step in a CUDA graph but is: False (parameter group {index})"

@@ -11,9 +11,12 @@ from torch import Tensor
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES
 from adafactor_compiled._fused.members import addresses_in
+from adafactor_compiled._fused.table import Found
+from adafactor_compiled._sharded.members import localized
+from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._step.calls import Tables
 from adafactor_compiled._step.plan import Plan
-from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
 from adafactor_compiled._step.shared import sharing
 
 
@@ -37,8 +40,10 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     if table is None:
         return Gathered([], shared)
     addresses: list[int] = []
+    grads: list[Tensor] = []
     for i, member in zip(plan.fused, table.members, strict=True):
-        entry = entries[i]
+        entry = entries[i] if member.placed is None else localized(entries[i])
+        grads.append(entry.grad)
         found = addresses_in(member, entry.param, entry.grad, entry.state)
         if found is None:
             raise RuntimeError(
@@ -46,30 +51,28 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
                 "nothing was stepped"
             )
         addresses += (*found, 0)
-    conflicts = table.conflicts(addresses, [entries[i].grad for i in plan.fused])
+    conflicts = table.conflicts(addresses, grads)
     return Gathered(addresses, shared | {plan.fused[j] for j in conflicts})
 
 
-def run_table(plan: Plan, addresses: list[int], tables: Sequence[Tensor], draws: dict[int, Tensor]) -> set[int]:
-    """Step the members of a plan's table; gives the positions of those that kernels skipped.
+def launched_of(plan: Plan, addresses: list[int], tables: Tables) -> Launched:
+    """The members of a plan's table, with what a step finds of them.
 
     Args:
         plan: the plan.
         addresses: as they were gathered.
-        tables: the numbers of every entry.
-        draws: of those entries that are rounded stochastically.
+        tables: the numbers and draws of every entry.
     """
     table = plan.table
     assert table is not None
     addresses, rows, unique = addresses[:], {}, {}  # type: ignore[var-annotated]
     for j, i in enumerate(plan.fused):
-        of, numbers = table.members[j].of, tables[i]
+        of, numbers = table.members[j].of, tables.tables[i]
         kind = of.device, numbers.dtype
         if id(numbers) not in rows:
             unique.setdefault(kind, []).append(numbers)
             rows[id(numbers)] = len(unique[kind]) - 1
         addresses[(j + 1) * ADDRESSES - 1] = rows[id(numbers)]
     stacked = {kind: torch.stack(numbers) for kind, numbers in unique.items()}
-    with range_of_table(table) if profiled() else UNNAMED:
-        skipped = table.run(addresses, stacked, {j: draws[i] for j, i in enumerate(plan.fused) if i in draws})
-    return {plan.fused[j] for j in skipped}
+    draws = {j: tables.draws_of_each[i] for j, i in enumerate(plan.fused) if i in tables.draws_of_each}
+    return Launched(table, Found(addresses, stacked, draws))

@@ -8,16 +8,18 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor.placement_types import Placement
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of
 from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
+from adafactor_compiled._sharded.members import localized, placed_of
 from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
-from adafactor_compiled._state.moments import State, check, complete, is_left_by_inference
+from adafactor_compiled._state.moments import State, check, complete, factored_dims, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
@@ -47,7 +49,7 @@ class Plan(NamedTuple):
     calls: list[Call]
     fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
     table: Table | None
-    sharded: list[int]  # the positions of DTensors
+    sharded: list[int]  # the positions of DTensors that are not among them
     moved: list[int]  # of what is factored over other dimensions than its last two
     passes: list[Pass]  # what calls run, and the sharded step on this rank
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
@@ -89,16 +91,22 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
         if path != "sharded" and not all(x.is_contiguous() for x in factors) and (route_of(of) or kernels_of(of)):
             classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
-    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
     inline = torch.compiler.is_compiling()
-    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
-    calls = (calls_inline if inline else calls_of)(routed)
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
     launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
     members = [] if inline else [member_of(entries[i], classes[i][1], update_rms[i]) for i in launched]
+    for i in () if inline or not fused else range(len(entries)):
+        piece = _piece_of(entries[i], update_rms[i]) if classes[i][0] == "sharded" and i not in moved else None
+        if piece is not None:
+            classes[i] = "fused", piece.of
+            launched.append(i)
+            members.append(piece)
+    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
+    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
+    calls = (calls_inline if inline else calls_of)(routed)
     unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
     apart_from_eager = {*launched, *(i for _, positions in routed for i in positions)}
-    sharded = [i for i, entry in enumerate(entries) if isinstance(entry.param, DTensor)]
+    sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
     return Plan(
         [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
         parts,
@@ -114,14 +122,26 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     )
 
 
+def _piece_of(entry: Entry, update_rms: Tensor) -> Member | None:
+    """A DTensor as a member, if kernels are wanted, and can step this rank's piece."""
+    placed = placed_of(entry) if path_of(entry.group) == "fused" else None
+    if placed is None:
+        return None
+    local = localized(entry)
+    if local.param.dtype != entry.param.dtype:  # a DTensor whose `data` was set, which its piece does not learn of
+        return None
+    of = _class_of(local)._replace(factored=factored_dims(entry.param.shape, entry.group) is not None)
+    return None if kernels_of(of, placed.split) is None else member_of(local, of, update_rms, placed)
+
+
 def _table_of(members: list[Member], entries: list[Entry]) -> Table:
-    unaligned = {i for i, entry in enumerate(entries) if _is_unaligned(entry)}
+    unaligned = {i for i, entry in enumerate(entries) if not isinstance(entry.param, DTensor) and _is_unaligned(entry)}
     return Table(members, launches_of([x.planned for x in members], unaligned))
 
 
 def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
     path = path_of(entry.group, entry.param)
-    if apart:
+    if apart and path != "sharded":
         return "reference"
     return "compiled" if path == "fused" and not fused else path
 
@@ -148,16 +168,25 @@ class Described(NamedTuple):
     grad_dtype: torch.dtype
     grad_stride: tuple[int, ...]
     state: list[tuple[Any, Layout | None]]  # layouts for kernels that only know addresses; graphs have guards
+    piece: Piece | None  # of a DTensor
 
 
 Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
+Piece = tuple[tuple[Placement, ...], Layout, int]  # how a parameter is placed, and where the piece of this rank lies
 
 
 def _described(entry: Entry, launched: bool) -> Described:
     _, p, g, state, group = entry
     of_param, of_grad = (p.dtype, p.device, p.shape, p.stride()), (type(g), g.dtype, g.stride())
     of_state = [(x, _layout_of(x) if launched and isinstance(x, Tensor) else None) for x in state.values()]
-    return Described(id(group), options_of(group), *of_param, *of_grad, of_state)
+    return Described(id(group), options_of(group), *of_param, *of_grad, of_state, _piece(p))
+
+
+def _piece(p: Tensor) -> Piece | None:
+    if not isinstance(p, DTensor):
+        return None
+    local = p.to_local()
+    return tuple(p.placements), _layout_of(local), local.data_ptr() if type(local) is Tensor else 0
 
 
 def _layout_of(x: Tensor) -> Layout:
@@ -204,6 +233,7 @@ def _holds(plan: Plan, entries: list[Entry]) -> bool:
             or options[id(group)] != was.options
             or id(group) != was.group
             or not _is_same(state, was.state)
+            or (was.piece is not None and _piece(p) != was.piece)
         ):
             return False
     return True

@@ -14,13 +14,12 @@ from adafactor_compiled._state.entries import Entry, count_step
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
-from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
-from adafactor_compiled._step.fused import run_table, skips_by_itself
+from adafactor_compiled._step.fused import launched_of, skips_by_itself
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
-from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part
+from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part, range_of_table
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update import eager, foreach, padded, reference
 from adafactor_compiled._update.numbers import Numbers, plain_numbers, tables_of
@@ -41,19 +40,24 @@ def run(plan: Plan, entries: list[Entry], addresses: list[int], exchanges: Seque
     kept, all_entries = kept_of(entries, plan.update_rms, by_themselves), entries
     count_step(entries)
     entries = with_dims_last(entries, plan.moved)
-    tables = Tables(tables_of(entries), _draws_of(entries))
-    finite = _run_sharded(plan, entries, tables.tables, exchanges, compiles) if exchanges else {}
-    named = profiled()
+    tables, named = Tables(tables_of(entries), _draws_of(plan, all_entries)), profiled()
+    launched = None if plan.table is None else launched_of(plan, addresses, tables)
+    finite: dict[int, Tensor] = {}
+    at_once: set[int] = set()
+    with range_of_table(plan.table) if named and plan.table is not None else UNNAMED:
+        if exchanges:
+            jobs = _jobs_of(plan, entries, tables.tables, compiles)
+            finite, at_once = sharded.step(exchanges, jobs, launched)
+        elif launched is not None:
+            at_once = launched.table.run(launched.found)
+    at_once = {plan.fused[j] for j in at_once}
     measured: list[tuple[Sequence[int], Tensor]] = []
     # All views first: after a large call Python finds nothing in cache, and each takes 5 us instead of 1.
     calls = [(call, members_of(call, entries, tables)) for call in plan.calls] if compiles else []
     for call, members in calls:
         with range_of_call(call) if named else UNNAMED:
             measured.append((call.positions, run_call(call, members)))
-    at_once: set[int] = set()
-    if plan.table is not None:
-        at_once = run_table(plan, addresses, tables.tables, tables.draws_of_each)
-    elif plan.fused:
+    if plan.table is None and plan.fused:
         step_members([entries[i] for i in plan.fused], [tables.tables[i] for i in plan.fused], _some(tables, plan.fused))
     for part in plan.eager if compiles else plan.all_eager:
         with range_of_part(part) if named else UNNAMED:
@@ -72,10 +76,12 @@ def _some(tables: Tables, positions: Sequence[int]) -> list[Tensor | None]:
     return [tables.draws_of_each.get(i) for i in positions]
 
 
-def _draws_of(entries: list[Entry]) -> dict[int, Tensor]:
+def _draws_of(plan: Plan, entries: list[Entry]) -> dict[int, Tensor]:
     """What determines the noise of the entries that are rounded stochastically, by their positions among all."""
-    rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group)]
-    draws = draws_of_entries([entries[i] for i in rounding], [Origin()] * len(rounding))
+    members = [] if plan.table is None else plan.table.members
+    origins = {i: x.placed.origin for i, x in zip(plan.fused, members, strict=False) if x.placed is not None}
+    rounding = [i for i, x in enumerate(entries) if wants_rounding(x.param.dtype, x.group) and i not in plan.sharded]
+    draws = draws_of_entries([entries[i] for i in rounding], [origins.get(i, Origin()) for i in rounding])
     return dict(zip(rounding, draws, strict=True))
 
 
@@ -103,9 +109,10 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
             reference.step_parameter(*entries[i][1:], plan.update_rms[i], draws)
         return []
     members = members_as_they_are(of, part.positions, entries, tables)
-    if not steps_one_by_one(of):
+    short = is_padded(of)  # and of any lengths
+    if not short and not foreach.steps_one_by_one(of, k):
         return [(part.positions, foreach.step_class(members))]
-    if k >= padded.LEAST and is_padded(of):
+    if k >= padded.LEAST and short:
         room = part.rooms[0] if part.rooms else padded.room_of(members)
         if not part.rooms and type(room.x.params) is Tensor:  # not what a mode has made of it
             part.rooms.append(room)
@@ -115,24 +122,12 @@ def _run_part(part: Part, plan: Plan, entries: list[Entry], tables: Tables) -> l
     return []
 
 
-def steps_one_by_one(of: ShapeClass) -> bool:
-    """Whether eager operations go through one parameter after the other, and not each through all of a class.
-
-    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back. Elsewhere a launch is dear.
-    """
-    return of.device.type == "cpu" and not torch.compiler.is_compiling()
-
-
 def _plain_numbers(entry: Entry) -> Numbers:
     step = entry.state["step"]
     return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
 
 
-def _run_sharded(
-    plan: Plan, entries: list[Entry], tables: list[Tensor], exchanges: Sequence[Exchange], compiles: bool
-) -> dict[int, Tensor]:
-    """Whether gradients are finite over all ranks, see `_sharded/step.py`."""
-    jobs = [
+def _jobs_of(plan: Plan, entries: list[Entry], tables: list[Tensor], compiles: bool) -> list[sharded.Job]:
+    return [
         sharded.Job(entries[i], tables[i], plan.update_rms[i], compiles and sharded.compiles(entries[i])) for i in plan.sharded
     ]
-    return sharded.step(exchanges, jobs)

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._sharded.exchange import Exchange
-from adafactor_compiled._sharded.step import exchanges_of
+from adafactor_compiled._sharded.exchanges import Exchanges, exchanges_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import forget_replaced
 from adafactor_compiled._state.options import Group
@@ -23,6 +21,8 @@ from adafactor_compiled._step.fused import gathered
 from adafactor_compiled._step.plan import Plan, plan_of
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._step.run import run
+
+EXCHANGES = 4  # sets of them that are kept
 
 
 class Stepper:
@@ -36,7 +36,7 @@ class Stepper:
             Compilation(False, True) if last is None else Compilation(last.compilation.failed, last.compilation.fused)
         )
         self._again = Again()
-        self._exchanges: Sequence[Exchange] = () if last is None else last._exchanges
+        self._exchanges: list[Exchanges] = [()] if last is None else last._exchanges  # the last ones first
         self._captured: bool = last is not None and last._captured  # whether a CUDA graph has a step
 
     def loaded(self) -> None:
@@ -67,7 +67,7 @@ class Stepper:
         if of_scaler is not None:
             entries = of_scaler.unscaled(entries)
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
-            run(plan_of(entries, None), entries, [], exchanges_of(groups, ()), True)
+            run(plan_of(entries, None), entries, [], exchanges_of(groups, []), True)
             return
         last = self._plans.get(alone)
         plan = plan_of(entries, last, self.compilation.fused)
@@ -81,9 +81,7 @@ class Stepper:
         if plan is not last and alone is None:
             forget_replaced(optimizer.state, groups)
         compiles = self.compilation.compiles(plan, groups, show_progress)
-        if alone is None:
-            self._exchanges = exchanges_of(groups, self._exchanges)
-        exchanges = self._exchanges if alone is None else ()
+        exchanges = self._exchanges_of(groups) if alone is None else ()
         on_host = of_scaler is not None and of_scaler.is_on_host(entries)
         if of_scaler is not None and on_host and of_scaler.has_overflowed():
             self.records[alone] = of_scaler.record_of_none(entries, plan.update_rms)
@@ -93,8 +91,18 @@ class Stepper:
             record = run(plan, entries, addresses, exchanges, compiles)
         if alone is None:  # what was stepped alone before is of the past
             self._plans, self.records = {None: kept}, {}
-            if not exchanges and of_scaler is None:
-                self._again.learn(plan, entries, groups)
+            if of_scaler is None:
+                self._again.learn(plan, entries, groups, exchanges)
         if of_scaler is not None:
             record = record._replace(skipped=of_scaler.skipped(record.params, record.skipped))
         self.records[alone] = record
+
+    def _exchanges_of(self, groups: list[Group]) -> Exchanges:
+        """Of options that take turns, each time the same: to make one takes collectives."""
+        found = exchanges_of(groups, self._exchanges)
+        present = {id(p) for group in groups for p in group["params"]}
+        others = [
+            x for x in self._exchanges if x and x is not found and all(id(p) in present for of in x for _, p in of.params)
+        ]
+        self._exchanges = [found, *others[: EXCHANGES - 1]]
+        return found

@@ -1,7 +1,7 @@
 """One step of a shape class, breadth-first: the numbered steps of reference.py by `torch._foreach_*` operations over k members.
 
-The multi-tensor path off the CPU, and as part of an outer graph; on a CPU it is eager.py. What is large stays where it lies, in
-lists; what is small (the second-moment factors, the numbers) is stacked along a first dimension of size k.
+The multi-tensor path; on a CPU what is large, or alone, is stepped by eager.py. What is large stays where it lies, in lists;
+what is small (the second-moment factors, the numbers) is stacked along a first dimension of size k.
 """
 
 from __future__ import annotations
@@ -9,11 +9,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.members import Member, Members
 from adafactor_compiled._update.momentum import cautious
 from adafactor_compiled._update.numbers import Numbers, clip_divisor, decay_of, step_size
 from adafactor_compiled._update.rounding import noise_of_member, write
 
+IN_CACHE, LEAST = 262_144, 4  # on a CPU: elements that are stepped at once, and members that are worth it
 PARTS_OF_HALF = 4  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and a little
 
 
@@ -24,9 +26,21 @@ def step_class(members: Members) -> Tensor:
     """
     k, halves = len(members.params), members.params[0].dtype != members.table.dtype
     size = -(-k // PARTS_OF_HALF) if halves and not torch.compiler.is_compiling() else k
+    if members.params[0].device.type == "cpu" and not torch.compiler.is_compiling():
+        size = min(size, max(1, IN_CACHE // max(1, members.params[0].numel())))
     if size == k:
         return _step(members)
     return torch.cat([_step(members.part(start, start + size)) for start in range(0, k, size)], 1)
+
+
+def steps_one_by_one(of: ShapeClass, k: int) -> bool:
+    """Whether eager operations go through one parameter after the other, and not each through all of a class.
+
+    On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back, unless all of them stay in its
+    cache. Elsewhere a launch is dear.
+    """
+    in_cache = min(k, IN_CACHE // max(1, of.numel)) >= LEAST
+    return of.device.type == "cpu" and not torch.compiler.is_compiling() and not in_cache
 
 
 def _step(members: Members) -> Tensor:

@@ -104,12 +104,9 @@ def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: tor
 
     Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
     """
-    row = plain_numbers(group, step)
-    # A list or a fill of numbers would be constants of a graph, and each learning rate another one; see `_fill`.
-    if not any(isinstance(x, Tensor) for x in row) and not torch.compiler.is_compiling():
-        return to_device(torch.tensor(row, dtype=dtype, device="cpu"), device)
-    shape = step.shape if isinstance(step, Tensor) else ()
-    return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
+    if isinstance(step, Tensor):
+        return _filled(plain_numbers(group, step), step.shape, dtype, device)
+    return _tables_of([plain_numbers(group, step)], dtype, device)[0]
 
 
 def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
@@ -119,16 +116,32 @@ def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
         (index, compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
         for index, entry in zip(_group_indices(entries), entries, strict=True)
     )
+    plain: dict[tuple[torch.dtype, torch.device], list[tuple[list[int], Numbers]]] = {}
     for (_, dtype, device, count), positions in by_key.items():
-        first = entries[positions[0]]
+        group = entries[positions[0]].group
         if count is None:
             steps = torch.stack([entries[i].state["step"] for i in positions]).to(dtype)
-            rows = list(numbers_of(first.group, steps, dtype, device).unbind())
+            for i, row in zip(positions, numbers_of(group, steps, dtype, device).unbind(), strict=True):
+                tables[i] = row
         else:
-            rows = [numbers_of(first.group, count, dtype, device)] * len(positions)
-        for i, row in zip(positions, rows, strict=True):
-            tables[i] = row
+            plain.setdefault((dtype, device), []).append((positions, plain_numbers(group, count)))
+    for (dtype, device), rows in plain.items():
+        for (positions, _), row in zip(rows, _tables_of([x for _, x in rows], dtype, device), strict=True):
+            for i in positions:
+                tables[i] = row
     return tables
+
+
+def _tables_of(rows: Sequence[Numbers], dtype: torch.dtype, device: torch.device) -> Sequence[Tensor]:
+    """A vector for each row on a device; those of numbers by one copy."""
+    # A list or a fill of numbers would be constants of a graph, and each learning rate another one; see `_fill`.
+    if torch.compiler.is_compiling() or any(isinstance(x, Tensor) for row in rows for x in row):
+        return [_filled(row, (), dtype, device) for row in rows]
+    return to_device(torch.tensor(rows, dtype=dtype, device="cpu"), device).unbind()
+
+
+def _filled(row: Numbers, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
 
 
 def _group_indices(entries: Sequence[Entry]) -> list[int]:

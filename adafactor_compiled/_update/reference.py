@@ -33,9 +33,10 @@ def step_parameter(
     state["RMS"].copy_(rms(p))  # 2
     if "get_lr" in group:  # see `_state/overrides.py`
         get_lr, of_user = group["get_lr"]
-        alpha = get_lr(of_user, state) * torch.ones_like(state["RMS"])
+        alpha = get_lr(of_user, state)
     else:
-        alpha = unscaled_lr(group, step) * torch.ones_like(state["RMS"])  # 3
+        alpha = unscaled_lr(group, step)  # 3
+        alpha = alpha.to(compute_dtype) if isinstance(alpha, Tensor) else alpha
         if group["scale_parameter"]:
             alpha = alpha * state["RMS"].clamp(min=min_scale)
     one_minus_beta2 = one_minus_beta2_of(group, step)  # 4
@@ -70,7 +71,7 @@ def step_parameter(
         agree = (update.sign() * grad.sign() * (-1 if group["maximize"] else 1) > 0).to(compute_dtype)
         update = update * (agree / agree.mean().clamp(min=LEAST_SHARE))
     if group["weight_decay"] != 0:  # 9
-        scale = alpha if group["weight_decay_scale"] == "lr" else torch.ones_like(alpha)
+        scale = alpha if group["weight_decay_scale"] == "lr" else 1.0
         p.sub_(p * (group["weight_decay"] * scale))
     p.sub_(update)  # 10
     if p is not param:

@@ -34,7 +34,7 @@ GOLDEN = -0x61C88647  # 2**32 / golden ratio, odd, as an int32
 MULTIPLIERS = (0x21F0AAAD, 0x735A2D97)  # of a 32-bit mixing function, https://github.com/skeeto/hash-prospector
 # A parameter's draws: keys of its slices, rows and columns, where its piece begins in each, and the step count.
 DRAWS, FIRST, STEP = 7, slice(3, 6), 6
-SWAPPED = [0, 2, 1, 3, 5, 4, 6]  # draws of the transpose
+SWAPPED = [0, 2, 1, 3, 5, 4, 6]  # draws of the transpose: see `swapped`
 
 
 def draws_of(
@@ -47,8 +47,9 @@ def draws_of(
     """What determines the noise of each parameter at its step: an int32 vector of seven."""
     keys = [(*_keys(seed, position), *origin) for seed, position, origin in zip(seeds, positions, origins, strict=True)]
     if any(isinstance(step, Tensor) for step in steps):
-        counts = torch.stack([torch.as_tensor(step, device=device).to(torch.int32) for step in steps])
-        return list(torch.cat([_kept_on(tuple(keys), device), counts.unsqueeze(-1)], -1).unbind())
+        on_device = [x if isinstance(x, Tensor) else to_device(torch.tensor(x, device="cpu"), device) for x in steps]
+        counts = torch.stack([x.to(torch.int32) for x in on_device])
+        return list(torch.cat([_kept_on(keys, device), counts.unsqueeze(-1)], -1).unbind())
     rows = [(*x, step) for x, step in zip(keys, steps, strict=True)]
     return list(to_device(torch.tensor(rows, dtype=torch.int32, device="cpu"), device).unbind())
 
@@ -76,17 +77,25 @@ def draws_from(draws: Tensor | None, first_slice: int, first_row: int) -> Tensor
     return draws
 
 
-def _kept_on(keys: tuple[tuple[int, ...], ...], device: torch.device) -> Tensor:
-    """A CUDA graph that copied them from the host would, replayed, find something else there."""
-    kept = _kept.get((keys, device)) if device.type == "cuda" and not torch.compiler.is_compiling() else None
-    if kept is None:
-        kept = to_device(torch.tensor(keys, dtype=torch.int32, device="cpu"), device)
-        if device.type == "cuda" and type(kept) is Tensor:  # not what a mode, or a compiler, has made of it
-            _kept[keys, device] = kept
-    return kept
+def swapped(draws: Tensor) -> Tensor:
+    """Those of the transposes, for draws of shape [k, 7]; a list of places would be sent to the device, and waited for."""
+    columns = draws.unbind(1)
+    return torch.stack([columns[i] for i in SWAPPED], 1)
 
 
-_kept: dict[tuple[tuple[tuple[int, ...], ...], torch.device], Tensor] = {}
+def _kept_on(keys: Sequence[tuple[int, ...]], device: torch.device) -> Tensor:
+    """A CUDA graph that copied them from the host would, replayed, find something else there: each parameter's stay."""
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return to_device(torch.tensor(keys, dtype=torch.int32, device="cpu"), device)
+    missing = [key for key in dict.fromkeys(keys) if (key, device) not in _kept]
+    new = to_device(torch.tensor(missing, dtype=torch.int32, device="cpu"), device).unbind() if missing else ()
+    known = dict(zip(missing, new, strict=True))
+    if all(type(x) is Tensor for x in new):  # not what a mode has made of them
+        _kept.update({(key, device): x for key, x in known.items()})
+    return torch.stack([known[key] if key in known else _kept[key, device] for key in keys])
+
+
+_kept: dict[tuple[tuple[int, ...], torch.device], Tensor] = {}
 
 
 @lru_cache(maxsize=65_536)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+from contextlib import nullcontext
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -18,9 +20,13 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import passes
-from adafactor_compiled._sharded.step import exchanges_of
+from adafactor_compiled._sharded.exchanges import exchanges_of
+from adafactor_compiled._step import stepper
 
 SHAPES = [(64, 48), (7, 5), (3, 17), (1, 9), (6, 1), (130,), (3,), (1,), (5, 4, 3), (2, 3, 4), (5, 2, 3, 3), (90, 40), (0, 4)]
+
+MODES: list[dict[str, Any]] = [{"foreach": False}, {"compile": False}, {}]
+MODE_NAMES = ["reference", "multi_tensor", "fused"]
 
 OPTIONS: list[dict[str, Any]] = [
     {},
@@ -52,9 +58,28 @@ def check_options(mode: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("size", [2, 4])
-@pytest.mark.parametrize("mode", [{"foreach": False}, {"compile": False}], ids=["reference", "multi_tensor"])
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 def test_training_equals_unsharded(ranks, size, mode):
     ranks(size).run(check_options, mode)
+
+
+def check_launched() -> None:
+    """All pieces are members of one launch, empty ones too; a steady step plans nothing, whatever gradients there are."""
+    params = fsdp_parameters()
+    optimizer = Adafactor(params, beta1=0.9)
+    whole = [torch.zeros(p.shape) for p in params]
+    for step in range(6):
+        set_gradients(params, whole, step)
+        if step == 0:  # whatever has no gradient yet has its place nevertheless
+            for p in params:
+                p.grad = torch.ones_like(p)
+        with mock.patch.object(stepper, "plan_of", side_effect=AssertionError) if step else nullcontext():
+            optimizer.step()
+    assert {line.path for line in optimizer.summary().classes} == {"fused"}
+
+
+def test_launched(ranks):
+    ranks(4).run(check_launched)
 
 
 def check_deferred(mode: dict[str, Any], **options: Any) -> None:
@@ -64,11 +89,11 @@ def check_deferred(mode: dict[str, Any], **options: Any) -> None:
     fully_shard(model)
     params = list(model.parameters())
     optimizer = Adafactor(params, **mode, **options)
-    before = exchanges_of(optimizer.param_groups, ())
+    before = exchanges_of(optimizer.param_groups, [])
     optimizer.summary()
     model.to_empty(device="cpu")
     assert all(p is q for p, q in zip(params, model.parameters(), strict=True))
-    assert exchanges_of(optimizer.param_groups, before)[0].first.device.type == "cpu"
+    assert exchanges_of(optimizer.param_groups, [before])[0].first.flat.device.type == "cpu"
     whole = [p.detach().clone().requires_grad_() for p in Bag(SHAPES).parameters()]
     with torch.no_grad():
         for p, q in zip(params, whole, strict=True):
@@ -81,7 +106,7 @@ def check_deferred(mode: dict[str, Any], **options: Any) -> None:
     assert_same(optimizer, reference, params, whole)
 
 
-@pytest.mark.parametrize("mode", [{"foreach": False}, {"compile": False}], ids=["reference", "multi_tensor"])
+@pytest.mark.parametrize("mode", MODES, ids=MODE_NAMES)
 def test_deferred_initialisation(ranks, mode):
     ranks(2).run(functools.partial(check_deferred, beta1=0.9, lr=1e-2, relative_step=False), mode)
     ranks(2).run(functools.partial(check_deferred, capturable=True), mode)
@@ -109,12 +134,12 @@ def check_one_all_reduce() -> None:
         with CommDebugMode() as sent:
             optimizer.step()
         assert dict(sent.get_comm_counts()) == {torch.ops.c10d.allreduce_: 1}
-    (exchange,) = optimizer._stepper._exchanges
+    (exchange,) = optimizer._stepper._exchanges[0]
     matrices = [p for p in params if p.ndim >= 2]
     sums = sum(p.shape[:-2].numel() * 2 * p.shape[-1] + p.shape[:-2].numel() + 2 if p.ndim == 2 else 3 for p in matrices)
     vectors = 3 * (len(params) - 1 - len(matrices))
-    assert exchange.first.numel() == len(params) - 1 + sums + vectors
-    assert exchange.second.numel() == 0
+    assert exchange.first.flat.numel() == len(params) + sums + vectors
+    assert exchange.second.flat.numel() == 0
 
 
 def test_one_all_reduce_a_step(ranks):

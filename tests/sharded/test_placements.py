@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any
 
 import pytest
@@ -20,6 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from adafactor_compiled import Adafactor
 
 EAGER = {"compile": False}
+FUSED: dict[str, Any] = {}
 MOMENTUM = {"beta1": 0.9, "weight_decay": 0.1, "lr": 1e-2, "relative_step": False}
 R = Replicate()
 
@@ -58,15 +60,38 @@ def all_reduces_of_a_step(params: list[Tensor], optimizer: Adafactor) -> int:
 
 def check_placements(name: str) -> None:
     placements, shapes, all_reduces = PLACEMENTS[name]
-    for options in ({}, MOMENTUM):
+    for options, mode in product(({}, MOMENTUM), (EAGER, FUSED)):
         params = placed_parameters(placements, shapes, ("a", "b"))
-        optimizer = train_beside_unsharded(params, options, EAGER)
+        optimizer = train_beside_unsharded(params, options, mode)
         assert all_reduces_of_a_step(params, optimizer) == all_reduces
 
 
 @pytest.mark.parametrize("name", PLACEMENTS)
 def test_training_equals_unsharded(ranks, name):
     ranks(4).run(check_placements, name)
+
+
+def check_large_gradients(name: str) -> None:
+    """Beside a row and a column without gradient, whose averages are 1e-30: ratios would overflow."""
+    placements, shapes, _ = PLACEMENTS[name]
+    for size, mode in product((3e4, 1e7), (EAGER, FUSED)):
+        params = placed_parameters(placements, shapes, ("a", "b"))
+        whole = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]
+        optimizer, reference = Adafactor(params, **mode), Adafactor(whole, foreach=False)
+        for p, q in zip(params, whole, strict=True):
+            q.grad = torch.full_like(q, size)
+            if q.ndim > 1:
+                q.grad[..., 0, :] = q.grad[..., 0] = 0
+            p.grad = distribute_tensor(q.grad.clone(), p.device_mesh, p.placements, src_data_rank=None)
+        optimizer.step()
+        reference.step()
+        assert all(p.full_tensor().isfinite().all() for p in params)
+        assert_same(optimizer, reference, params, whole)
+
+
+@pytest.mark.parametrize("name", PLACEMENTS)
+def test_large_gradients(ranks, name):
+    ranks(4).run(check_large_gradients, name)
 
 
 VARIATIONS: list[dict[str, Any]] = [
@@ -76,18 +101,19 @@ VARIATIONS: list[dict[str, Any]] = [
 
 
 def check_variations() -> None:
-    for options in VARIATIONS:
+    for options, mode in product(VARIATIONS, (EAGER, FUSED)):
         params: list[Tensor] = []
         for placements, shapes, _ in [*PLACEMENTS.values(), ([R, Shard(0)], [(2, 20, 3, 24), (4, 20, 24, 3)], 1)]:
             params += placed_parameters(placements, shapes, ("a", "b"))
-        optimizer = train_beside_unsharded(params, {"lr": 1e-2, "relative_step": False, **options}, EAGER)
+        optimizer = train_beside_unsharded(params, {"lr": 1e-2, "relative_step": False, **options}, mode)
         assert any("exp_avg_sq" in optimizer.state[p] for p in params if p.ndim > 1) == ("min_dim_size_to_factor" in options)
         dims = [p.ndim - 1 - i for p in params if p.ndim > 2 for i in sorted(range(p.ndim), key=lambda i: p.shape[i])[-2:]]
         assert max(dims) > 1  # some are factored over others than their last two
     # What keeps its whole second moment is one row, and draws as unsharded where the pieces follow one another in it.
     rounded = {"lr": 1e-2, "relative_step": False, "min_dim_size_to_factor": 9, "stochastic_rounding": True}
     halves = [nn.Parameter(p.detach().bfloat16()) for p in placed_parameters([R, Shard(0)], [(7, 5), (3, 2, 3)], ("a", "b"))]
-    train_beside_unsharded(halves, rounded, EAGER)
+    for mode in (EAGER, FUSED):
+        train_beside_unsharded(halves, rounded, mode)
 
 
 def test_variations(ranks):
@@ -108,19 +134,19 @@ def check_cautious(mode: dict[str, Any]) -> None:
     optimizer.step()
 
 
-@pytest.mark.parametrize("mode", [EAGER, {"compile": None}], ids=str)
+@pytest.mark.parametrize("mode", [EAGER, FUSED], ids=["eager", "fused"])
 def test_cautious(ranks, mode):
     ranks(4).run(check_cautious, mode)
 
 
 def check_mixture() -> None:
     """All of them in one optimizer, beside plain tensors, in two dtypes; also where the mesh has no names."""
-    for names in (("a", "b"), None):
+    for names, mode in ((("a", "b"), EAGER), (None, EAGER), (None, FUSED)):
         params: list[Tensor] = [nn.Parameter(torch.full((3, 2), 0.5)), nn.Parameter(torch.tensor(2.0))]
         for placements, shapes, _ in PLACEMENTS.values():
             params += placed_parameters(placements, shapes, names)
         params[5::7] = [nn.Parameter(p.detach().double()) for p in params[5::7]]
-        optimizer = train_beside_unsharded(params, MOMENTUM, EAGER)
+        optimizer = train_beside_unsharded(params, MOMENTUM, mode)
         assert all_reduces_of_a_step(params, optimizer) == 2  # the first and the second round of one mesh
 
 
@@ -136,7 +162,8 @@ def check_part_of_the_world() -> None:
     params = [
         nn.Parameter(distribute_tensor(p.detach(), mesh, x)) for p, x in zip(Bag(shapes).parameters(), placements, strict=True)
     ]
-    train_beside_unsharded(params, MOMENTUM, EAGER)
+    for mode in (EAGER, FUSED):
+        train_beside_unsharded(params, MOMENTUM, mode)
 
 
 def test_part_of_the_world(ranks):

@@ -23,6 +23,7 @@ from adafactor_compiled._update.momentum import LEAST_SHARE
 SOURCE = Path(__file__).with_name("step.cpp")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
 LINE = 64  # bytes
+PIECE, STEP = 6, 2  # columns of a piece, and the call that steps, as in `_fused/launches.py`
 
 
 class Launch:
@@ -35,23 +36,28 @@ class Launch:
         self._large = sum(cut.parts > 1 for cut in cuts)
         self._members = array("q", [x for i in order for x in (i, *cuts[i])])
         self.ran = False
-        self._sizes: tuple[int, int] | None = None  # bytes of scratch and of a room, as the library has it
+        self._pieces: array[int] | None = None
+        self._room: Room | None = None  # as the library has it
 
     def forget(self) -> None:
         pass
 
-    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> array[int]:
-        """Step the members; see `_fused/launches.py`."""
+    def share(self, pieces: Sequence[tuple[int, ...] | None]) -> None:
+        rows = [x or (0,) * PIECE for x in pieces]
+        self._pieces, self._room = array("q", [x for row in rows for x in row]) if any(pieces) else None, None
+
+    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP) -> array[int]:
+        """See `_fused/launches.py`."""
         if isinstance(numbers, Tensor):
             numbers = array("d", numbers.flatten().tolist())
         library, count = library_of(self.kernels), len(self.positions)
-        if self._sizes is None:
-            self._sizes = library.sizes(_address(self._members), count, self._large)
-        scratch_each, room_each = self._sizes
+        pieces = None if self._pieces is None else _address(self._pieces)
+        if self._room is None:
+            self._room = library.room(_address(self._members), count, self._large, pieces)
+        scratch_each, room_each, kept_at, kept = self._room
         threads = torch.get_num_threads() if library.threads and not _forked else 1
         # Memory of Python's, since a mode of torch may make something else of a tensor.
         scratch = bytearray(2 * scratch_each + threads * room_each + LINE)
-        begin = ctypes.addressof(ctypes.c_char.from_buffer(scratch))
         report = array("q", bytes(8 * (count + 1)))  # of each member whether it was skipped; and whether all is done
         try:
             library.step(
@@ -62,9 +68,13 @@ class Launch:
                 _address(report),
                 count,
                 self._large,
-                -(-begin // LINE) * LINE,
+                _line_of(scratch),
                 scratch_each,
                 room_each,
+                pieces,
+                _line_of(kept),
+                _address(kept_at),
+                call,
                 threads,
             )
         finally:  # an interrupt comes when the call is over
@@ -76,17 +86,32 @@ def _address(x: array[Any]) -> int:
     return x.buffer_info()[0]
 
 
+def _line_of(memory: bytearray) -> int:
+    """The first multiple of `LINE` in it."""
+    begin = ctypes.addressof(ctypes.c_char.from_buffer(memory))
+    return -(-begin // LINE) * LINE
+
+
+class Room(NamedTuple):
+    """What a launch takes beside its members."""
+
+    scratch_each: int  # bytes, of a large member
+    room_each: int  # bytes, of a thread
+    kept_at: array[int]  # of each piece, its place in
+    kept: bytearray  # what a call leaves for the next
+
+
 class Library(NamedTuple):
     """What is compiled for members of some types."""
 
     step: Any
-    sizes_of: Any
+    sizes: Any
     threads: bool  # whether it may use more than one
 
-    def sizes(self, members: int, count: int, large: int) -> tuple[int, int]:
-        scratch_each, room_each = ctypes.c_int64(), ctypes.c_int64()
-        self.sizes_of(members, count, large, ctypes.byref(scratch_each), ctypes.byref(room_each))
-        return scratch_each.value, room_each.value
+    def room(self, members: int, count: int, large: int, pieces: int | None) -> Room:
+        scratch_each, room_each, kept_at = ctypes.c_int64(), ctypes.c_int64(), array("q", bytes(8 * (count + 1)))
+        self.sizes(members, count, large, pieces, ctypes.byref(scratch_each), ctypes.byref(room_each), _address(kept_at))
+        return Room(scratch_each.value, room_each.value, kept_at, bytearray(kept_at[count] + LINE))
 
 
 @functools.cache
@@ -102,8 +127,9 @@ def library_of(of: Kernels) -> Library:
     library = build.load(SOURCE, (*defines, f"CAUTIOUS={is_cautious(of.momentum):d}"))
     step, sizes = library.adafactor_step, library.adafactor_sizes
     pointer, number = ctypes.c_void_p, ctypes.c_int64
-    step.argtypes = [pointer, pointer, pointer, pointer, pointer, number, number, pointer, number, number, ctypes.c_int]
-    sizes.argtypes = [pointer, number, number, pointer, pointer]
+    of_members, of_pieces = [pointer] * 5 + [number] * 2 + [pointer, number, number], [pointer] * 3 + [number]
+    step.argtypes = [*of_members, *of_pieces, ctypes.c_int]
+    sizes.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
     step.restype = sizes.restype = None
     return Library(step, sizes, build.threads_of(library))
 

@@ -13,6 +13,7 @@ from adafactor_compiled._state.shape_class import ShapeClass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUPS, SLICES, LANES, VECTOR, TWICE = range(5)  # kinds of members, as step.cpp has them
+NEITHER, ROWS, COLUMNS = range(3)  # what ranks split of the rows and columns of a piece, likewise
 LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
 LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
 BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads
@@ -48,9 +49,9 @@ class Cut(NamedTuple):
 
 
 @cached
-def kernels_of(of: ShapeClass) -> Kernels | None:
-    """None for what has no kernels here."""
-    return None if cut_of(of) is None else _same(Kernels(of.dtype, of.grad_dtype, of.momentum, of.rounding))
+def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
+    """None for what has no kernels here, see `cut_of`."""
+    return None if cut_of(of, split) is None else _same(Kernels(of.dtype, of.grad_dtype, of.momentum, of.rounding))
 
 
 @cached
@@ -60,13 +61,24 @@ def _same(kernels: Kernels) -> Kernels:
 
 
 @cached
-def cut_of(of: ShapeClass) -> Cut | None:
-    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing."""
+def cut_of(of: ShapeClass, split: int | None = None) -> Cut | None:
+    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing.
+
+    Args:
+        of: a parameter, or a piece of one.
+        split: of a piece, what ranks split; it may be empty, of what is summed it has its share nevertheless.
+    """
     momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
-    if of.device.type != "cpu" or not of.plain or not of.numel or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
+    if of.device.type != "cpu" or not of.plain or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
         return None
     strides = (of.stride, of.grad_stride)
     contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
+    if split in (ROWS, COLUMNS):
+        *lead, rows, columns = of.shape
+        slices = math.prod(lead)
+        return _groups(slices, rows, columns) if contiguous and slices else None
+    if not of.numel:
+        return None if split is None else Cut(VECTOR, False, 1, 1, 0, 1, LANE, 0, 0, 0, 0, 0)
     if not of.factored:
         return _vector(VECTOR, of.numel) if contiguous else None
     *lead, rows, columns = of.shape
@@ -109,11 +121,19 @@ def _lanes(of: ShapeClass, slices: int, contiguous: bool) -> Cut | None:
 
 
 def _matrix(swapped: bool, slices: int, rows: int, columns: int) -> Cut:
-    block = max(4, BLOCK // columns // 4 * 4)
     if rows * columns <= LARGE or rows < 16:
         parts, per = _parts(slices * rows * columns, rows * columns, slices)
-        return Cut(SLICES, swapped, slices, rows, columns, parts, per, block, slices, 0, 0, 0)
-    least = -(-LEAST_GROUPS // slices)
-    groups = min(MOST_GROUPS, rows // 8, max(least, rows * columns // GROUP))
-    per = -(-rows // groups // 4) * 4
-    return Cut(GROUPS, swapped, slices, rows, columns, slices * -(-rows // per), per, min(block, per), slices, 0, 0, 0)
+        return Cut(SLICES, swapped, slices, rows, columns, parts, per, _block(columns), slices, 0, 0, 0)
+    return _groups(slices, rows, columns, swapped)
+
+
+def _block(columns: int) -> int:
+    return max(4, BLOCK // max(columns, 1) // 4 * 4)
+
+
+def _groups(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:
+    least = -(-LEAST_GROUPS // slices) if rows * columns > LARGE else 1
+    groups = max(1, min(MOST_GROUPS, rows // 8, max(least, rows * columns // GROUP)))
+    per = max(4, -(-rows // groups // 4) * 4)
+    parts = slices * max(1, -(-rows // per))
+    return Cut(GROUPS, swapped, slices, rows, columns, parts, per, min(_block(columns), per), slices, 0, 0, 0)

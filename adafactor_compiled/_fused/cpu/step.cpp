@@ -8,7 +8,10 @@
 // *statistics* of all parts, which write nothing but scratch; then *finish*, which knows both RMS; then every part is *applied*, by
 // the thread that took its statistics and the last first, as that one is still in its cache. Large members are stepped by all
 // threads, one after the other; small ones by a thread each. What is summed, and in which order, depends on the shape alone: any
-// number of threads gives the same bits. No option of the build lets the compiler assume that numbers are finite, or reorder sums
+// number of threads gives the same bits.
+//
+// Of a parameter that several ranks share, a member is a piece. A call takes its statistics and writes what the ranks add up, the
+// next one, when they have, goes on from there. No option of the build lets the compiler assume that numbers are finite, or reorder sums
 // but where a loop says so.
 #include <algorithm>
 #include <cmath>
@@ -80,6 +83,12 @@ struct Member {
   int64_t inner, outer_stride, row_stride, column_stride;  // of kernels of convolutions whose lanes lie side by side
 };
 enum { GROUPS, SLICES, LANES, VECTOR, TWICE };
+// Of a piece: what ranks add up, in the order of exchange.py, and how many elements agree; what they split of rows and columns;
+// sizes of the whole.
+struct Piece { double *sums, *agree; int64_t split, numel, rows, columns; };
+enum { NEITHER, ROWS, COLUMNS };
+enum { PARAM_SQ, NONFINITE, REST };  // in its sums
+enum { STATISTICS, COUNT, STEP };  // what a call does; of members that are no pieces the last one does all
 struct Numbers {
   double lr, beta2, one_minus_beta2, eps, min_scale, scale_parameter, clip_threshold, beta1, one_minus_beta1, weight_decay;
   double decay_by_lr, sign, skips_nonfinite, one;
@@ -95,8 +104,12 @@ struct Launch {
   int64_t count, large;
   char *scratch;
   int64_t scratch_each, room_each;  // bytes: two scratches for large members, then a room for each thread
-  int threads;
   int64_t *next;
+  const Piece *pieces;  // or null
+  char *kept;  // from one call to the next
+  const int64_t *kept_at;
+  int64_t call;
+  int threads;
 };
 
 // Stochastic rounding, as in rounding.py.
@@ -137,10 +150,12 @@ struct Step {
   const Member &x;
   Pointers at;
   const Numbers &n;
+  const Piece *piece;  // or null
   Draws draws;
   A beta2, rest, eps, beta1, one_minus_beta1, sign;
   A scale = 0, decay = 0, share = 1;  // from finish
-  Step(const Launch &l, const Member &x) : x(x), at(l.pointers[x.at]), n(l.numbers[at.numbers]) {
+  Step(const Launch &l, const Member &x)
+      : x(x), at(l.pointers[x.at]), n(l.numbers[at.numbers]), piece(l.pieces && l.pieces[x.at].sums ? l.pieces + x.at : nullptr) {
     if (x.swapped || x.kind == TWICE) std::swap(at.row, at.col);  // of two copies the columns are read
     if (ROUNDS) {
       std::memcpy(&draws, l.draws + 7 * x.at, sizeof draws);
@@ -150,7 +165,8 @@ struct Step {
     beta1 = (A)n.beta1, one_minus_beta1 = (A)n.one_minus_beta1;
   }
   A average(A before, A mean_sq) const { return before * beta2 + (mean_sq + eps) * rest; }
-  double numel() const { return (double)x.slices * x.rows * x.columns; }
+  double numel() const { return piece ? (double)piece->numel : (double)x.slices * x.rows * x.columns; }
+  int64_t split() const { return piece ? piece->split : NEITHER; }
 };
 struct Sums { double param_sq, update_sq, row_sum, agree; };
 
@@ -251,13 +267,15 @@ static void rows_statistics(const Step &s, const P *p, const G *g, const A *row,
   }
 }
 
-// Columns c0 to c1 from the sums of all rows: new averages; gives the sum of the squares of the update, but for the row mean.
+// Columns c0 to c1 from the sums of `rows` rows, which are all: new averages; gives the sum of the squares of the update, but for
+// the row mean.
 template <class T>
-INLINE double columns_finish(const Step &s, const A *col, const T *sq, const T *weighted, A *new_col, int64_t c0, int64_t c1) {
+INLINE double columns_finish(const Step &s, const A *col, const T *sq, const T *weighted, A *new_col, int64_t rows, int64_t c0,
+                             int64_t c1) {
   double update_sq = 0;
   #pragma omp simd reduction(+ : update_sq)
   for (int64_t j = c0; j < c1; j++) {
-    const A v = new_col[j] = s.average(col[j], (A)(sq[j] / s.x.rows));
+    const A v = new_col[j] = s.average(col[j], (A)(sq[j] / rows));
     update_sq += (double)((A)weighted[j] / v);
   }
   return update_sq;
@@ -320,16 +338,16 @@ static double slice_statistics(const Step &s, int64_t slice, const Room &room, S
   for (int64_t i = 0; i < R; i += s.x.block)
     rows_statistics(s, s.at.p + at, s.at.g + at, s.at.row + slice * R, room.new_row, room.sq, room.weighted, i,
                     std::min(R, i + s.x.block), sums.param_sq, row_sum);
-  sums.update_sq += columns_finish(s, s.at.col + slice * C, room.sq, room.weighted, room.new_col, 0, C) * (row_sum / R);
+  sums.update_sq += columns_finish(s, s.at.col + slice * C, room.sq, room.weighted, room.new_col, R, 0, C) * (row_sum / R);
   return row_sum / R;
 }
-// The room of a member of one slice still has what its statistics left there; those of others are taken again.
+// The room of a member of one slice still has what its statistics left there, with their `mean`; those of others are taken again.
 template <bool COUNT> static double slices_apply(const Step &s, int64_t begin, int64_t end, const Room &room, double mean) {
   const int64_t R = s.x.rows, C = s.x.columns;
   double agree = 0;
   for (int64_t slice = end - 1; slice >= begin; slice--) {
     Sums again = {};
-    if (s.x.slices > 1) mean = slice_statistics(s, slice, room, again);
+    if (s.x.slices > 1 || mean < 0) mean = slice_statistics(s, slice, room, again);
     const Columns c = columns_of(s, room.new_col, room.columns, slice);
     const int64_t at = slice * R * C;
     agree += rows_apply<COUNT>(s, s.at.p + at, s.at.g + at, momentum(s.at.exp_avg, at), s.at.row + slice * R, room.new_row, c,
@@ -341,27 +359,29 @@ template <bool COUNT> static double slices_apply(const Step &s, int64_t begin, i
 
 // Large matrices: groups of rows, whose sums of columns are added up before any row is applied.
 
-struct Groups {  // of a member, in its scratch
+struct Groups {  // of a member, in its scratch; of a piece what a call leaves for the next is kept
   Sums *sums;
-  double *update_sq, *columns;  // of chunks of columns; of groups, sq and weighted
-  A *new_row, *new_col, *factor;
+  A *new_row, *new_col;
+  double *columns;  // of groups, sq and weighted
+  double *update_sq, *row_sum;  // of chunks of columns or rows
+  A *factor;
   float *scale, *shift;
 };
 constexpr int64_t CHUNK = 256;  // columns that a thread finishes in one go
-INLINE int64_t chunks_of(const Member &x) { return x.slices * ((x.columns + CHUNK - 1) / CHUNK); }
+INLINE int64_t chunks_of(int64_t count) { return (count + CHUNK - 1) / CHUNK; }
 template <class T> INLINE T *taken(char *&from, int64_t count) {
   T *x = (T *)from;
   from += (count * sizeof(T) + 63) / 64 * 64;
   return x;
 }
-static char *lay_out(const Member &x, char *scratch, Groups &of) {
-  const int64_t rows = x.slices * x.rows, columns = x.slices * x.columns;
-  of.sums = taken<Sums>(scratch, x.parts);
-  if (x.kind != GROUPS) return scratch;
-  of.update_sq = taken<double>(scratch, chunks_of(x)), of.columns = taken<double>(scratch, x.parts * 2 * x.columns);
-  of.new_row = taken<A>(scratch, rows), of.new_col = taken<A>(scratch, columns), of.factor = taken<A>(scratch, columns);
+static void lay_out(const Member &x, Groups &of, char *&scratch, char *&kept) {
+  const int64_t rows = x.slices * x.rows, columns = x.slices * x.columns, chunks = x.slices * chunks_of(std::max(x.rows, x.columns));
+  of.sums = taken<Sums>(kept, x.parts);
+  if (x.kind != GROUPS) return;
+  of.new_row = taken<A>(kept, rows), of.new_col = taken<A>(kept, columns);
+  of.columns = taken<double>(scratch, x.parts * 2 * x.columns);
+  of.update_sq = taken<double>(scratch, chunks), of.row_sum = taken<double>(scratch, chunks), of.factor = taken<A>(scratch, columns);
   of.scale = taken<float>(scratch, ROUNDS ? columns : 0), of.shift = taken<float>(scratch, ROUNDS ? columns : 0);
-  return scratch;
 }
 struct Place { int64_t slice, at, begin, end; };  // of a group: where its slice begins, and its rows
 INLINE Place place_of(const Member &x, int64_t k) {
@@ -384,26 +404,75 @@ static void group_statistics(const Step &s, int64_t k, const Groups &of, char *r
   }
   of.sums[k] = sums;
 }
-INLINE double row_mean(const Member &x, const Groups &of, int64_t slice) {
-  const int64_t groups = x.parts / x.slices;
+static double row_mean(const Step &s, const Groups &of, int64_t slice) {
+  const Member &x = s.x;
+  if (s.split() == ROWS) return s.piece->sums[REST + slice] / s.piece->rows;
+  const int64_t groups = x.parts / x.slices, chunks = chunks_of(x.rows), count = s.split() == COLUMNS ? chunks : groups;
   double sum = 0;
-  for (int64_t k = slice * groups; k < (slice + 1) * groups; k++) sum += of.sums[k].row_sum;
+  for (int64_t k = slice * count; k < (slice + 1) * count; k++) sum += s.split() == COLUMNS ? of.row_sum[k] : of.sums[k].row_sum;
   return sum / x.rows;
 }
+struct Chunk { int64_t slice, begin, end; };
+INLINE Chunk chunk_of(int64_t k, int64_t count) {
+  const int64_t slice = k / chunks_of(count), begin = k % chunks_of(count) * CHUNK;
+  return {slice, begin, std::min(count, begin + CHUNK)};
+}
+// Columns whose sums are taken: finished, or, where rows are split, put where ranks add them up.
 static void chunk_of_columns(const Step &s, int64_t k, const Groups &of) {
   const Member &x = s.x;
-  const int64_t C = x.columns, groups = x.parts / x.slices, chunks = (C + CHUNK - 1) / CHUNK, slice = k / chunks;
-  const int64_t c0 = k % chunks * CHUNK, c1 = std::min(C, c0 + CHUNK);
-  double *total = of.columns + slice * groups * 2 * C;
+  const int64_t C = x.columns, groups = x.parts / x.slices;
+  const Chunk in = chunk_of(k, C);
+  double *total = of.columns + in.slice * groups * 2 * C;
   for (int64_t i = 1; i < groups; i++) {
     const double *other = total + i * 2 * C;
-    SIMD for (int64_t j = c0; j < c1; j++) total[j] += other[j], total[C + j] += other[C + j];
+    SIMD for (int64_t j = in.begin; j < in.end; j++) total[j] += other[j], total[C + j] += other[C + j];
   }
-  A *new_col = of.new_col + slice * C, *factor = of.factor + slice * C;
-  of.update_sq[k] = columns_finish(s, s.at.col + slice * C, total, total + C, new_col, c0, c1) * row_mean(x, of, slice);
-  SIMD for (int64_t j = c0; j < c1; j++) factor[j] = 1 / std::sqrt(new_col[j]);
+  if (s.split() == ROWS) {
+    double *sq = s.piece->sums + REST + x.slices + in.slice * C, *weighted = sq + x.slices * C;
+    std::copy(total + in.begin, total + in.end, sq + in.begin);
+    std::copy(total + C + in.begin, total + C + in.end, weighted + in.begin);
+    return;
+  }
+  A *new_col = of.new_col + in.slice * C;
+  of.update_sq[k] = columns_finish(s, s.at.col + in.slice * C, total, total + C, new_col, x.rows, in.begin, in.end);
+  if (s.split() == NEITHER) of.update_sq[k] *= row_mean(s, of, in.slice);
+}
+// Where columns are split, rows of a group: their squares, of which the statistics have left the mean, plain and each divided by
+// the new average of its column.
+static void weighted_rows(const Step &s, int64_t k, const Groups &of) {
+  const Member &x = s.x;
+  const int64_t C = x.columns, rows = x.slices * x.rows;
+  const Place in = place_of(x, k);
+  const A *new_col = of.new_col + in.slice * C;
+  for (int64_t i = in.begin; i < in.end; i++) {
+    const G *g = s.at.g + in.at + i * C;
+    A sum = 0;
+    #pragma omp simd reduction(+ : sum)
+    for (int64_t j = 0; j < C; j++) sum += load(g[j]) * load(g[j]) / new_col[j];
+    double *sums = s.piece->sums + REST + in.slice * x.rows + i;
+    sums[0] = C ? (double)of.new_row[in.slice * x.rows + i] * C : 0, sums[rows] = sum;
+  }
+}
+// What the ranks have added up of columns, or of rows where columns are split.
+static void chunk_of_summed(const Step &s, int64_t k, const Groups &of) {
+  const Member &x = s.x;
+  const bool of_rows = s.split() == COLUMNS;
+  const int64_t count = of_rows ? x.rows : x.columns;
+  const Chunk in = chunk_of(k, count);
+  const A *old = (of_rows ? s.at.row : s.at.col) + in.slice * count;
+  A *fresh = (of_rows ? of.new_row : of.new_col) + in.slice * count;
+  const double *sq = s.piece->sums + REST + (of_rows ? 0 : x.slices) + in.slice * count, *weighted = sq + x.slices * count;
+  of.update_sq[k] = columns_finish(s, old, sq, weighted, fresh, of_rows ? s.piece->columns : s.piece->rows, in.begin, in.end);
+  of.row_sum[k] = 0;
+  for (int64_t i = in.begin; i < in.end && of_rows; i++) of.row_sum[k] += fresh[i];
+}
+static void factors_of_columns(const Step &s, int64_t k, const Groups &of) {
+  const int64_t C = s.x.columns;
+  const Chunk in = chunk_of(k, C);
+  const int64_t at = in.slice * C;
+  SIMD for (int64_t j = in.begin; j < in.end; j++) of.factor[at + j] = 1 / std::sqrt(of.new_col[at + j]);
   if (ROUNDS) {
-    SIMD for (int64_t j = c0; j < c1; j++) along(s.draws, 2, slice, j, of.scale[slice * C + j], of.shift[slice * C + j]);
+    SIMD for (int64_t j = in.begin; j < in.end; j++) along(s.draws, 2, in.slice, j, of.scale[at + j], of.shift[at + j]);
   }
 }
 template <bool COUNT> static double group_apply(const Step &s, int64_t k, const Groups &of) {
@@ -411,7 +480,7 @@ template <bool COUNT> static double group_apply(const Step &s, int64_t k, const 
   const int64_t C = x.columns;
   const Place in = place_of(x, k);
   const Columns c = {of.factor + in.slice * C, of.scale + in.slice * C, of.shift + in.slice * C};
-  const A root_mean = (A)std::sqrt(row_mean(x, of, in.slice));
+  const A root_mean = (A)std::sqrt(row_mean(s, of, in.slice));
   double agree = 0;
   for (int64_t i = in.begin + (in.end - in.begin - 1) / x.block * x.block; i >= in.begin; i -= x.block)
     agree += rows_apply<COUNT>(s, s.at.p + in.at, s.at.g + in.at, momentum(s.at.exp_avg, in.at), s.at.row + in.slice * x.rows,
@@ -642,7 +711,7 @@ static bool is_finite(const Step &s) {
 // 2 to 7, as numbers; gives whether the member is stepped. One thread, the owner, writes what is kept of it.
 static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
   const Numbers &n = s.n;
-  if (n.skips_nonfinite && !std::isfinite(sums.update_sq) && !is_finite(s)) {
+  if (n.skips_nonfinite && (s.piece ? s.piece->sums[NONFINITE] > 0 : !std::isfinite(sums.update_sq) && !is_finite(s))) {
     if (owner) l.skipped[s.x.at] = 1;
     return false;
   }
@@ -655,78 +724,131 @@ static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
 }
 INLINE A share_of(const Step &s, double agree) { return (A)std::max(agree / s.numel(), LEAST_SHARE); }
 
-static void step_small(const Launch &l, const Member &x, char *room) {
-  Step s(l, x);
-  Sums sums = {};
-  for (int64_t k = 0; k < x.parts; k++) part_statistics(s, k, room, sums);
-  if (!finish(l, s, sums, true)) return;
-  if constexpr (CAUTIOUS) {
-    double agree = 0;
-    for (int64_t k = 0; k < x.parts; k++) agree += part_apply<true>(s, k, room, sums.row_sum);
-    s.share = share_of(s, agree);
+// Of the threads that step a member together, one.
+struct Team {
+  int t, threads;
+  int64_t begin(int64_t count) const { return count * t / threads; }
+  int64_t end(int64_t count) const { return count * (t + 1) / threads; }
+  template <class F> INLINE void each(int64_t count, const F &f) const { for (int64_t k = begin(count); k < end(count); k++) f(k); }
+  void wait() const {
+    if (threads > 1) {
+      #pragma omp barrier
+    }
   }
-  for (int64_t k = x.parts - 1; k >= 0; k--) part_apply<false>(s, k, room, sums.row_sum);
+};
+static void statistics(const Step &s, const Groups &of, char *room, const Team &team) {
+  const Member &x = s.x;
+  Step plain = s;  // where columns are split, nothing is known yet of rows but the mean of these squares
+  if (s.split() == COLUMNS) plain.beta2 = 0, plain.rest = 1, plain.eps = 0;
+  team.each(x.parts, [&](int64_t k) {
+    if (x.kind == GROUPS) group_statistics(plain, k, of, room);
+    else of.sums[k] = {}, part_statistics(s, k, room, of.sums[k]);
+  });
+  team.wait();
+  if (x.kind != GROUPS) return;
+  team.each(x.slices * chunks_of(x.columns), [&](int64_t k) {
+    chunk_of_columns(s, k, of);
+    if (!s.piece) factors_of_columns(s, k, of);
+  });
+  team.wait();
+  if (s.split() == COLUMNS) team.each(x.parts, [&](int64_t k) { weighted_rows(s, k, of); });
 }
-
-INLINE void wait_for_all(const Launch &l) {
-  if (l.threads > 1) {
-    #pragma omp barrier
-  }
+// What the ranks add up; rows and columns are there already.
+static void put(const Step &s, const Sums &total, const Groups &of) {
+  double *sums = s.piece->sums;
+  const bool suspect = s.n.skips_nonfinite && !std::isfinite(total.update_sq + total.row_sum);
+  sums[PARAM_SQ] = total.param_sq, sums[NONFINITE] = suspect && !is_finite(s);
+  if (s.split() == NEITHER) sums[REST] = total.update_sq;
+  if (s.split() != ROWS) return;
+  const int64_t groups = s.x.parts / s.x.slices;
+  for (int64_t i = 0; i < s.x.slices; i++) sums[REST + i] = 0;
+  for (int64_t k = 0; k < s.x.parts; k++) sums[REST + k / groups] += of.sums[k].row_sum;
 }
-// All threads on one member. Scratch is another one than the last member's, which others may still be applying.
-static void step_large(const Launch &l, const Member &x, char *scratch, char *room, int t) {
+static bool takes_part(const Launch &l, const Member &x) { return l.call == STEP || (l.pieces && l.pieces[x.at].sums); }
+// A team waits for itself at least once in each member, after which none of it is in the one before. The room of a thread alone
+// begins behind its scratch.
+static void step_member(const Launch &l, const Member &x, char *scratch, char *room, const Team &team) {
   Step s(l, x);
   Groups of = {};
-  lay_out(x, scratch, of);
-  const bool groups = x.kind == GROUPS;
-  const int64_t begin = x.parts * t / l.threads, end = x.parts * (t + 1) / l.threads;
-  for (int64_t k = begin; k < end; k++) {
-    if (groups) group_statistics(s, k, of, room);
-    else of.sums[k] = {}, part_statistics(s, k, room, of.sums[k]);
-  }
-  wait_for_all(l);
+  char *kept = s.piece ? l.kept + l.kept_at[x.at] : nullptr;
+  lay_out(x, of, scratch, s.piece ? kept : scratch);
+  if (!room) room = scratch;
+  const bool groups = x.kind == GROUPS, summed = s.piece && l.call != STATISTICS, split = s.split() != NEITHER;
+  const int64_t chunks = groups ? x.slices * chunks_of(summed && s.split() == COLUMNS ? x.rows : x.columns) : 0;
   Sums total = {};
-  if (groups) {
-    const int64_t chunks = chunks_of(x);
-    for (int64_t k = chunks * t / l.threads; k < chunks * (t + 1) / l.threads; k++) chunk_of_columns(s, k, of);
-    wait_for_all(l);
-    for (int64_t k = 0; k < chunks; k++) total.update_sq += of.update_sq[k];
+  if (summed) {
+    if (split) team.each(chunks, [&](int64_t k) { chunk_of_summed(s, k, of); });
+    if (groups) team.each(x.slices * chunks_of(x.columns), [&](int64_t k) { factors_of_columns(s, k, of); });
+    team.wait();
+    total.param_sq = s.piece->sums[PARAM_SQ];
+    if (!split) total.update_sq = s.piece->sums[REST];
+  } else {
+    statistics(s, of, room, team);
+    for (int64_t k = 0; k < x.parts; k++)
+      total.param_sq += of.sums[k].param_sq, total.update_sq += of.sums[k].update_sq, total.row_sum += of.sums[k].row_sum;
   }
-  for (int64_t k = 0; k < x.parts; k++) total.param_sq += of.sums[k].param_sq, total.update_sq += of.sums[k].update_sq;
-  if (!finish(l, s, total, t == 0)) return;
-  if constexpr (CAUTIOUS) {
-    for (int64_t k = begin; k < end; k++) of.sums[k].agree = groups ? group_apply<true>(s, k, of) : part_apply<true>(s, k, room, -1);
-    wait_for_all(l);
+  for (int64_t k = 0; k < chunks && summed == split; k++)
+    total.update_sq += of.update_sq[k] * (split ? row_mean(s, of, k / (chunks / x.slices)) : 1);
+  if (l.call == STATISTICS) {
+    if (team.t == 0) put(s, total, of);
+    return;
+  }
+  if (!finish(l, s, total, team.t == 0 && l.call == STEP)) return;
+  const double mean = summed || groups ? -1 : of.sums[0].row_sum;  // of the only slice, where its room is as it was left
+  if (CAUTIOUS && !(summed && l.call == STEP)) {
+    team.each(x.parts, [&](int64_t k) { of.sums[k].agree = groups ? group_apply<true>(s, k, of) : part_apply<true>(s, k, room, mean); });
+    team.wait();
     for (int64_t k = 0; k < x.parts; k++) total.agree += of.sums[k].agree;
-    s.share = share_of(s, total.agree);
+    if (l.call == COUNT && team.t == 0) *s.piece->agree = total.agree;
   }
-  for (int64_t k = end - 1; k >= begin; k--) groups ? group_apply<false>(s, k, of) : part_apply<false>(s, k, room, -1);
+  if (l.call == COUNT) return;
+  if (CAUTIOUS) s.share = share_of(s, summed ? *s.piece->agree : total.agree);
+  for (int64_t k = team.end(x.parts) - 1; k >= team.begin(x.parts); k--)
+    groups ? group_apply<false>(s, k, of) : part_apply<false>(s, k, room, mean);
 }
+// Scratch of a large member is another one than the last member's, which others may still be applying. What ranks have added up is
+// applied in the other order: the last statistics are in cache.
 static void step_members(const Launch &l, int t) {
   char *room = l.scratch + 2 * l.scratch_each + t * l.room_each;
-  for (int64_t i = 0; i < l.large; i++) step_large(l, l.members[i], l.scratch + i % 2 * l.scratch_each, room, t);
-  for (int64_t i; (i = l.large + __atomic_fetch_add(l.next, 1, __ATOMIC_RELAXED)) < l.count;) step_small(l, l.members[i], room);
+  const bool back = l.pieces && l.call != STATISTICS;
+  int64_t turn = 0;
+  const auto large = [&](int64_t i) {
+    if (takes_part(l, l.members[i])) step_member(l, l.members[i], l.scratch + turn++ % 2 * l.scratch_each, room, {t, l.threads});
+  };
+  for (int64_t i = 0; i < l.large && !back; i++) large(i);
+  for (int64_t i; (i = l.large + __atomic_fetch_add(l.next, 1, __ATOMIC_RELAXED)) < l.count;)
+    if (takes_part(l, l.members[i])) step_member(l, l.members[i], room, nullptr, {0, 1});
+  for (int64_t i = l.large - 1; i >= 0 && back; i--) large(i);
 }
 
 }  // namespace
 
-// How many bytes a launch takes beside its members: of scratch for a large one, of room for a thread.
-extern "C" void adafactor_sizes(const Member *members, int64_t count, int64_t large, int64_t *scratch_each, int64_t *room_each) {
+// How many bytes a launch takes beside its members: of scratch for a large one, of room for a thread, and kept from one call to the
+// next, with the place of each there.
+extern "C" void adafactor_sizes(const Member *members, int64_t count, int64_t large, const Piece *pieces, int64_t *scratch_each,
+                                int64_t *room_each, int64_t *kept_at) {
+  char *kept = nullptr;
   *scratch_each = *room_each = 0;
   for (int64_t i = 0; i < count; i++) {
     const Member &x = members[i];
     Groups of = {};
-    if (i < large) *scratch_each = std::max(*scratch_each, (int64_t)lay_out(x, nullptr, of) - (int64_t)0);
+    char *scratch = nullptr;
+    kept_at[x.at] = (int64_t)kept;
+    lay_out(x, of, scratch, pieces && pieces[x.at].sums ? kept : scratch);
     const int64_t numbers = x.kind == GROUPS ? 2 * x.columns : x.kind == SLICES ? 6 * x.columns + x.rows : 0;
-    *room_each = std::max(*room_each, (numbers * (int64_t)sizeof(A) + 127) / 64 * 64);
+    const int64_t bytes = (numbers * (int64_t)sizeof(A) + 127) / 64 * 64;
+    if (i < large) *scratch_each = std::max(*scratch_each, (int64_t)scratch);
+    *room_each = std::max(*room_each, bytes + (i < large ? 0 : (int64_t)scratch));
   }
+  kept_at[count] = (int64_t)kept;
 }
 
 extern "C" void adafactor_step(const Pointers *pointers, const Member *members, const Numbers *numbers, const int32_t *draws,
                                int64_t *skipped, int64_t count, int64_t large, char *scratch, int64_t scratch_each, int64_t room_each,
-                               int threads) {
+                               const Piece *pieces, char *kept, const int64_t *kept_at, int64_t call, int threads) {
   int64_t next = 0;
-  const Launch l = {pointers, members, numbers, draws, skipped, count, large, scratch, scratch_each, room_each, 1, &next};
+  const Launch l = {pointers, members, numbers, draws, skipped, count, large, scratch, scratch_each, room_each, &next,
+                    pieces, kept, kept_at, call, 1};
 #ifdef _OPENMP
   if (threads > 1) {
     #pragma omp parallel num_threads(threads)

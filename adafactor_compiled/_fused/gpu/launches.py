@@ -19,10 +19,11 @@ from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTOR
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.numbers import Numbers, to_device
-from adafactor_compiled._update.rounding import DRAWS, SWAPPED
+from adafactor_compiled._update.rounding import DRAWS, swapped
 
 ADDRESSES, ROW, COLUMN, READ = 8, 2, 3, 5  # of a member, as in tables.py; of the first five elements are read
 EXAMPLE = 4096  # elements
+STEP = 2  # as in `_fused/launches.py`
 LEAST_PARTIAL = 4_194_304  # bytes for the sums of blocks, or a 32nd of the parameters, whatever is more
 
 
@@ -34,8 +35,13 @@ class Launch:
         self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # of sums, how many elements
         self.there, self.sent, self.ran = There(), sent, False
 
-    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None) -> None:
+    def share(self, pieces: Sequence[object]) -> None:
+        pass
+
+    def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP) -> None:
         """Step the members."""
+        if call != STEP:
+            return
         of = self.kernels
         tables, pointers, aligned = _there(self, addresses)
         aligned = aligned and of.sixteens
@@ -44,8 +50,7 @@ class Launch:
         if not isinstance(numbers, Tensor):
             numbers = self.sent.numbers_of(numbers, of)
         if draws is not None and of.swapped:
-            columns = draws.unbind(1)  # a list of places would be sent to the GPU, and waited for
-            draws = torch.stack([columns[i] for i in SWAPPED], 1)
+            draws = swapped(draws)
         _run(Ready(self, tables, pointers, aligned), numbers, draws)
         self.ran = True
 
