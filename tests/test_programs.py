@@ -32,6 +32,7 @@ PATHS: dict[str, dict[str, Any]] = {
     "reference": {"foreach": False},
     "multi-tensor": {"compile": False},
     "compiled": {"compile": True},
+    "fused": {"fused": True},
 }
 SETTINGS = {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
 
