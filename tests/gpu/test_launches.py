@@ -27,6 +27,10 @@ def class_of(*shape: int, dtype: torch.dtype = torch.float32, stride: tuple[int,
     return ShapeClass(shape, stride, stride, dtype, dtype, GPU, len(shape) > 1, None)
 
 
+def launches_of(*members: ShapeClass) -> list[Any]:
+    return fused.launches_of([fused.planned(of) for of in members])
+
+
 KINDS = {
     class_of(768, 3072): MATRICES,
     class_of(4, 768, 3072): MATRICES,
@@ -71,7 +75,7 @@ COVERED = [
 
 @pytest.mark.parametrize("stride", [(131_072, 1), (1, 16)])
 def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -> None:
-    (launch,) = launches.launches_of([class_of(16, 131_072, stride=stride)])
+    (launch,) = launches_of(class_of(16, 131_072, stride=stride))
     assert launch.kernels.swapped
     assert len(launch.tables.jobs) == 32
 
@@ -80,7 +84,7 @@ def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -
 def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     """Blocks of rows of all units are the whole parameter; sums and partial sums have places of their own."""
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 2**40)
-    (launch,) = launches.launches_of([class_of(*shape)] * 3)
+    (launch,) = launches_of(*[class_of(*shape)] * 3)
     units, members = launch.tables.units.tolist(), launch.tables.members.tolist()
     assert len(members) == len(launch.positions)
     counts = torch.bincount(launch.tables.jobs, minlength=len(units)).tolist()
@@ -90,7 +94,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
         assert jobs == blocks
         assert (blocks - 1) * per < rows <= blocks * per
         assert launch.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
-    for _, result, param_sq, param_count, update_sq, update_count in members:
+    for _, result, param_sq, param_count, update_sq, update_count, *_ in members:
         taken += [(result, 3), (param_sq, param_count), (update_sq, update_count)]
     if launch.kernels.kind == MATRICES:
         taken += [(unit[11], unit[7]) for unit in units] + [(unit[12], 1) for unit in units]
@@ -105,7 +109,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
 def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
     """Wide matrices have sums as large as a tenth of them: they share the memory, one launch after the other."""
     of = class_of(4096, 4096)
-    made = launches.launches_of([of] * 40)
+    made = launches_of(*[of] * 40)
     assert sorted(i for launch in made for i in launch.positions) == list(range(40))
     most = 40 * of.numel * 4 // 32
     assert max(launch.partial for launch in made) * 4 <= most
