@@ -22,26 +22,6 @@ COMMON = settings(max_examples=25, suppress_health_check=[*HealthCheck])  # one 
 
 
 @pytest.fixture
-def in_parts(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks, tiles and launches for what fits into one otherwise."""
-    for name, value in {
-        "BLOCK_BYTES": 256,
-        "LEAST_ROWS": 2,
-        "TILE": {2: 64, 4: 64, 8: 64},
-        "FEW_ROWS": 8,
-        "WIDE": 0.25,
-        "WIDEST": 16,
-        "CHUNK": 16,
-        "SHORTEST": (8, 16),
-        "TILE_OF_COLUMNS": (2, 16),
-        "TILE_OF_SLICES": 16,
-        "MOST_OF_SLICE": 16,
-    }.items():
-        monkeypatch.setattr(layout, name, value)
-    monkeypatch.setattr(launches, "LEAST_PARTIAL", 64)
-
-
-@pytest.fixture
 def all_swapped(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     """All matrices count as wide."""
     monkeypatch.setattr(layout, "WIDE", 0)

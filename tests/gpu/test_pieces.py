@@ -13,6 +13,7 @@ from simulated_ranks import Ranks
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.gpu.layout import MATRICES, SLICES, VECTORS
+from adafactor_compiled._fused.pieces import COUNT, STATISTICS
 
 WITH = {
     "plain": {},
@@ -51,3 +52,66 @@ def test_pieces(on_gpu: Memory, name: str, options: dict[str, Any], dtype: torch
         ranks.check(f"kernels, {name} in pieces")
     kinds = {launch.kernels.kind for launch in ranks.ranks[0].table.launches}
     assert kinds == {"slices": {MATRICES, SLICES, VECTORS}, "vectors": {VECTORS}}.get(name, {MATRICES})
+
+
+@pytest.mark.parametrize("options", [{}, {"beta1": 0.9, "cautious": True}], ids=str)
+@pytest.mark.parametrize("name", SHARDED)
+def test_pieces_in_parts(on_gpu: Memory, in_parts: None, name: str, options: dict[str, Any]) -> None:
+    """Several blocks of rows, chunks of columns and launches."""
+    ranks_of(on_gpu, name, FLOAT32, ranks=2, **options).check(f"kernels, {name} in pieces")
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_statistics_write_nothing_but_sums(on_gpu: Memory, name: str) -> None:
+    """Ranks that do not agree on their gradients have nothing to undo; what elements agree is counted before, too."""
+    ranks = ranks_of(on_gpu, name, FLOAT32, beta1=0.9, cautious=True)
+    tensors = [x for rank in ranks.ranks for member in rank.table.members for x in member.written]
+    before = [x.clone() for x in tensors]
+    for rank in ranks.ranks:
+        rank.find()
+    for call, buffer in ((STATISTICS, "first"), (COUNT, "third")):
+        ranks.call(call)
+        ranks.add(buffer)
+        assert all(getattr(rank, buffer).any() for rank in ranks.ranks)
+        assert all(map(torch.equal, tensors, before))
+
+
+@pytest.mark.parametrize("name", SHARDED)
+def test_stochastic_rounding_of_pieces(on_gpu: Memory, name: str) -> None:
+    """The noise is that of the same elements of the whole; results next to where it decides may fall on the other side."""
+    ranks = ranks_of(on_gpu, name, BFLOAT16, beta1=0.9, momentum_dtype=BFLOAT16, stochastic_rounding=True)
+    for rank in ranks.ranks:
+        rank.take(ranks.whole)
+    ranks.step()
+    ranks.whole.step()
+    for i, x in enumerate(ranks.shared):
+        for name, expected in (("param", x.param), ("exp_avg", ranks.whole.state[x.param]["exp_avg"])):
+            assert (ranks.gathered(i, name) != expected).sum() <= 2 + expected.numel() // 2000, (i, name)
+
+
+@pytest.mark.parametrize("dim", [-1, -2])
+def test_a_row_without_gradient_beside_large_ones(on_gpu: Memory, dim: int) -> None:
+    """The ratio of the mean to it would overflow."""
+    param = torch.ones(40, 48, requires_grad=True)
+    whole = Adafactor([param], foreach=False)
+    param.grad = torch.zeros_like(param)
+    whole.step()
+    whole.state[param]["step"] = 0  # so that averages are those of one gradient
+    param.grad.fill_(1e8)
+    param.grad[0], param.grad[:, 0] = 0, 0
+    ranks = Ranks(whole, [dim], 2)
+    for rank in ranks.ranks:
+        on_gpu.add(rank.first)
+    ranks.step()
+    assert ranks.gathered(0, "param").isfinite().all()
+
+
+def test_only_addresses_that_have_changed_are_sent(on_gpu: Memory) -> None:
+    """And of one step only once; tables of shapes and slots stay. What was kept between two calls does not."""
+    ranks = ranks_of(on_gpu, "rows", FLOAT32)
+    launches = [launch for rank in ranks.ranks for launch in rank.table.launches]
+    ranks.step()
+    sent = [(launch.there.tables, launch.there.pointers) for launch in launches]
+    ranks.step()
+    assert all(x is launch.there.tables and y is launch.there.pointers for (x, y), launch in zip(sent, launches, strict=True))
+    assert not any(launch.room for launch in launches)
