@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from parameters import parameters, set_gradients
 from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
@@ -26,6 +27,12 @@ from adafactor_compiled._update.numbers import plain_numbers
 from adafactor_compiled._update.rounding import draws_of
 
 SPLIT_OF = {split: of for of, split in SPLITS.items() if of is not Split.VECTOR}
+CASES = {  # the dimension that is split, unevenly, of some shapes; of three ranks the last has nothing of two rows
+    "rows": (-2, [(70, 48), (33, 20), (3, 1100), (2, 40, 24), (2, 16)]),
+    "columns": (-1, [(70, 48), (33, 20), (20, 70), (2, 24, 40), (80, 2)]),
+    "slices": (0, [(5, 24, 20), (2, 40, 48), (10, 3, 3, 3), (2, 6, 3, 3), (9, 4, 1, 1)]),
+    "vectors": (0, [(5000,), (31,), (2,)]),
+}
 
 
 class Shared:
@@ -133,6 +140,16 @@ class Ranks:
         (group,) = whole.param_groups
         self.whole, self.shared = whole, [Shared(p, dim, group) for p, dim in zip(group["params"], dims, strict=True)]
         self.ranks = [Rank(whole, self.shared, rank, ranks) for rank in range(ranks)]
+
+    @classmethod
+    def of(cls, dim: int, shapes: Sequence[tuple[int, ...]], ranks: int, dtype: torch.dtype, **options: Any) -> Ranks:
+        """Of parameters that have made a step, and have gradients for another."""
+        params = parameters(shapes, dtype)
+        whole = Adafactor(params, foreach=False, **options)
+        set_gradients(params, 0)
+        whole.step()
+        set_gradients(params, 1)
+        return cls(whole, [dim] * len(params), ranks)
 
     def step(self) -> None:
         for rank in self.ranks:
