@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from against_reference import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, check_against_reference, problem_of
 from compilers import compiled_by, uncompiled
 from hypothesis import HealthCheck, given, settings
-from interpreter import Memory
+from interpreter import Memory, said_to_be_moved
 from strategies import Group, Parameter, Problem, problems
 from torch import Tensor
 
@@ -266,34 +265,14 @@ def test_bytes_that_are_said_to_be_moved(
     on_gpu: Memory, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], momentum: float | None
 ) -> None:
     """What profiles/gpu_kernels.py counts is what kernels read and write, but for their tables."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "profiles"))
-    import _gpu_step
-
-    from adafactor_compiled._fused.gpu import steps
-
-    launched = []
-
-    class Noted:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*arguments: Any, **constants: Any) -> None:
-                launched.append(_gpu_step.Launched(self.kernel, grid[0], arguments, constants))
-                self.kernel[grid](*arguments, **constants)
-
-            return run
-
     param = torch.randn(shape).requires_grad_()
     optimizer = Adafactor([param], fused=True, beta1=momentum)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    for name in _gpu_step.KERNELS:
-        monkeypatch.setattr(steps, name, Noted(getattr(steps, name)))
+    said = said_to_be_moved(monkeypatch)
     on_gpu.bytes = 0
     optimizer.step()
-    said = sum(map(_gpu_step.moved, launched))
-    assert said <= on_gpu.bytes <= 1.1 * said
+    assert said() <= on_gpu.bytes <= 1.1 * said()
 
 
 CHANGES = {

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from against_reference import BFLOAT16, FLOAT32
-from interpreter import Memory
+from interpreter import Memory, said_to_be_moved
 from parameters import params_of, set_gradients
 from simulated_ranks import CASES, Ranks
 
@@ -103,3 +103,19 @@ def test_only_addresses_that_have_changed_are_sent(on_gpu: Memory) -> None:
     ranks.step()
     assert all(x is launch.there.tables and y is launch.there.pointers for (x, y), launch in zip(sent, launches, strict=True))
     assert not any(launch.room for launch in launches)
+
+
+@pytest.mark.parametrize(
+    ("shape", "dim"), [((600, 640), 0), ((640, 600), 1), ((9000,), 0), ((40, 30, 3, 3), 0), ((4, 80, 96), 0)]
+)
+def test_bytes_that_are_said_to_be_moved(
+    on_gpu: Memory, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], dim: int
+) -> None:
+    ranks = Ranks.of(dim, [shape], 2, FLOAT32, beta1=0.9)
+    for rank in ranks.ranks:
+        on_gpu.add(rank.first)
+    ranks.step()
+    said = said_to_be_moved(monkeypatch)
+    on_gpu.bytes = 0
+    ranks.step()
+    assert said() <= on_gpu.bytes <= 1.1 * said()

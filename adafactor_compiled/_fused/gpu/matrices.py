@@ -4,6 +4,10 @@
 plain and each row divided by its average. From those `matrix_columns` makes the columns and, by the identity of
 _update/matrices.py, the sum of the squares of the update: no pass over the elements is needed for it. `finish` makes the step
 size of each member; `apply_matrix` reads g and p again and writes p.
+
+Of pieces whose rows are split, `add_columns` puts the sums of all blocks where ranks add them up, and the columns are made of
+what is there then. Where columns are split, the kernels' rows are columns of the parameter. New averages of pieces are kept
+apart until `apply_matrix` comes.
 """
 
 from __future__ import annotations

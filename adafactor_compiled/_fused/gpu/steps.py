@@ -42,7 +42,7 @@ def _options(of: Kernels) -> dict[str, Any]:
 
 
 def _room(ready: Ready) -> Room:
-    """Of pieces that of the statistics, which is kept until the step is over."""
+    """Of pieces that which the statistics have left."""
     launch, of = ready.launch, ready.launch.kernels
     if ready.summed:
         assert launch.room is not None
@@ -54,32 +54,29 @@ def _room(ready: Ready) -> Room:
 
 
 def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, column_jobs, units, _), pointers, aligned, _ = ready
+    launch, (jobs, column_jobs, units, members), pointers, aligned, _ = ready
     of, (kept, sums), split = launch.kernels, _room(ready), {"SPLIT": launch.kernels.split}
     types, (height, width, one_tile, transposed, _) = _types(of), of.shape
     tile = {"TILE_ROWS": height, "TILE_COLUMNS": width, "ALIGNED": aligned, "TRANSPOSED": bool(transposed), **split}
     tile["num_warps"] = 4 if width >= 256 else 8
-    of_blocks, of_columns = (
-        {"TILE_BLOCKS": layout.TILE_OF_COLUMNS[0]},
-        {"TILE_COLUMNS": layout.TILE_OF_COLUMNS[1], "num_warps": 4},
-    )
+    blocks, columns = layout.TILE_OF_COLUMNS
+    of_columns = {**split, "TILE_BLOCKS": blocks, "TILE_COLUMNS": columns, "num_warps": 4}
     partial, exchanges = None, of.split in (ROWS, COLUMNS)
     if not ready.summed:
         partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
-        one_tile = bool(one_tile)
-        matrix_statistics[jobs.shape](jobs, units, pointers, numbers, partial, kept, sums, **types, **tile, ONE_TILE=one_tile)
+        arguments = jobs, units, pointers, numbers, partial, kept, sums
+        matrix_statistics[jobs.shape](*arguments, **types, **tile, ONE_TILE=bool(one_tile))
         if exchanges:
-            add_columns[column_jobs.shape](column_jobs, units, partial, sums, **split, **of_blocks, **of_columns)
-    if exchanges == ready.summed:  # then their sums are those of all rows
-        options = {"A": types["A"], **split, **of_blocks, **of_columns}
-        matrix_columns[column_jobs.shape](column_jobs, units, pointers, numbers, partial, kept, sums, **options)
+            add_columns[column_jobs.shape](column_jobs, units, partial, sums, **of_columns)
+    if exchanges == ready.summed:  # the sums of columns are those of all rows
+        of_units = column_jobs, units, pointers, numbers, partial, kept, sums
+        matrix_columns[column_jobs.shape](*of_units, A=types["A"], **of_columns)
         if of.split == COLUMNS:
-            column_means[(len(units),)](units, sums, **of_columns)
+            column_means[(len(units),)](units, sums, TILE_COLUMNS=columns, num_warps=4)
     options = {**types, **tile, **_options(of)}
 
     def apply(count: bool) -> None:
-        arguments = jobs, units, ready.tables.members, pointers, numbers, draws, kept, sums
-        apply_matrix[jobs.shape](*arguments, **options, COUNT=count)
+        apply_matrix[jobs.shape](jobs, units, members, pointers, numbers, draws, kept, sums, **options, COUNT=count)
 
     _finish(ready, numbers, sums, apply)
 
