@@ -16,6 +16,7 @@ from adafactor_compiled._compile.toolchain import cause_of
 from adafactor_compiled._fused import launches as fused
 from adafactor_compiled._fused.gpu import launches, layout
 from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
+from adafactor_compiled._fused.pieces import COLUMNS, NEITHER, ROWS
 from adafactor_compiled._state.layout import contiguous_stride
 from adafactor_compiled._state.shape_class import ShapeClass
 
@@ -58,6 +59,35 @@ KINDS = {
 def test_kinds(of: ShapeClass, kind: str | None) -> None:
     kernels = kernels_of(of)
     assert (kernels and kernels.kind) == kind
+
+
+OF_PIECES = {  # and whether they step as their transposes
+    (class_of(96, 3072), ROWS): (MATRICES, False),
+    (class_of(0, 3072), ROWS): (MATRICES, False),
+    (class_of(2, 131_072), ROWS): (MATRICES, False),
+    (class_of(4, 0, 64), ROWS): (MATRICES, False),
+    (class_of(96, 384), COLUMNS): (MATRICES, True),
+    (class_of(96, 0), COLUMNS): (MATRICES, True),
+    (class_of(8, 1024, 1024), NEITHER): (MATRICES, False),
+    (class_of(8, 64, 3, 3), NEITHER): (SLICES, False),
+    (class_of(8, 64, 1, 1), NEITHER): (VECTORS, False),
+    (class_of(0, 64, 3, 3), NEITHER): (VECTORS, False),
+    (class_of(96), NEITHER): (VECTORS, False),
+    (class_of(0), NEITHER): (VECTORS, False),
+}
+
+
+@pytest.mark.parametrize(("piece", "expected"), OF_PIECES.items(), ids=str)
+def test_kinds_of_pieces(piece: tuple[ShapeClass, int], expected: tuple[str, bool]) -> None:
+    """All ranks have the same kind where they finish the same sums; what is empty finishes them too."""
+    kernels = kernels_of(*piece)
+    assert kernels is not None
+    assert (kernels.kind, kernels.swapped) == expected
+
+
+@pytest.mark.parametrize(("shape", "split"), [((5, 0), ROWS), ((0, 5), COLUMNS), ((0, 4, 5), ROWS)])
+def test_what_is_empty_as_a_whole_has_no_kernels(shape: tuple[int, ...], split: int) -> None:
+    assert kernels_of(class_of(*shape), split) is None
 
 
 COVERED = [
