@@ -10,23 +10,31 @@ from __future__ import annotations
 
 import collections
 import json
+import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from _triton_build import build
-from gpu_kernels import milliseconds
+from gpu_kernels import milliseconds, pieces_of
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.gpu import layout, steps
+from adafactor_compiled._fused.pieces import COLUMNS, ROWS
+from adafactor_compiled._sharded.exchange import Exchange
 
-OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
-KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", "finish", "share"]
-NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh"}
+OF_MATRICES = ["matrix_statistics", "add_columns", "matrix_columns", "apply_matrix"]
+OF_MEMBERS = ["put", "column_means", "finish", "share"]  # of a few numbers
+KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", *OF_MEMBERS]
+NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh", "aten::alias"}
 
 
 class Launched(NamedTuple):
@@ -87,12 +95,15 @@ def recorded() -> Iterator[list[Launched]]:
 def moved(launched: Launched) -> float:
     """The bytes that a launch reads and writes. What the next tile of a block finds in cache counts again."""
     name = launched.kernel.fn.__name__
-    if name in ("finish", "share"):
+    if name in OF_MEMBERS:
         return 0.0
     units, constants = launched.arguments[1], launched.constants
     p, g, a = (size_of(constants.get(key)) for key in "PGA")
     m = 2 * size_of(constants.get("M"))
-    total = 0.0
+    of_sums = 16  # plain and weighted, of a column of a piece
+    kept = 0 if constants.get("SPLIT") is None else 2 * a  # averages of pieces are read again, and written, when it is sure
+    exchanges = constants.get("SPLIT") in (ROWS, COLUMNS)
+    total = float(launched.arguments[2].nbytes) if name == "add_columns" else 0.0
     for unit in units.tolist():
         rows, columns, blocks = unit[4], unit[5], unit[7]
         if name in OF_MATRICES:
@@ -100,16 +111,18 @@ def moved(launched: Launched) -> float:
             again = 0 if constants.get("ONE_TILE") else n * g
             total += {
                 "matrix_statistics": n * (p + g) + again + 2 * rows * a + sums,
-                "matrix_columns": sums + 2 * columns * a,
-                "apply_matrix": n * (2 * p + g + m) + (rows + columns * blocks) * a,
+                "add_columns": columns * of_sums,
+                "matrix_columns": (columns * of_sums if exchanges else sums) + 2 * columns * a,
+                "apply_matrix": n * (2 * p + g + m) + (rows + columns * blocks) * a + (rows + columns) * kept,
             }[name]
         elif name in ("vector_sums", "apply_vector"):
             total += rows * (p + g + a if name == "vector_sums" else 2 * p + g + m + (3 if constants["TWICE"] else 2) * a)
         else:
-            of_slice, state = constants["R"] * constants["C"], (constants["R"] + constants["C"]) * a
-            total += rows * (
-                of_slice * (p + g) + 2 * state if name == "slice_statistics" else of_slice * (2 * p + g + m) + state
-            )
+            of_slice, state = constants["R"] * constants["C"], constants["R"] + constants["C"]
+            if name == "slice_statistics":
+                total += rows * (of_slice * (p + g) + 2 * state * a)
+            else:
+                total += rows * (of_slice * (2 * p + g + m) + state * (a + kept // 2))
     return total
 
 
@@ -128,9 +141,7 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
     if "momentum_dtype" in options:
         options["momentum_dtype"] = getattr(torch, options["momentum_dtype"])
     with recorded() as launched:
-        params = [torch.empty(shape, dtype=dtype).requires_grad_() for shape in case["shapes"]]
-        for param in params:
-            param.grad = torch.empty_like(param)
+        params = params_of(case["shapes"], dtype, case.get("ranks", 1))
         optimizer = Adafactor(params, beta1=case["beta1"], fused=True, **options)
         optimizer.warm_up()
         ahead = {variant_of(x) for x in launched}
@@ -138,7 +149,7 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
         launched.clear()
         with Eager() as eager:
             optimizer.step()
-    elements = sum(param.numel() for param in params)
+    elements = sum(math.prod(shape) for shape in pieces_of(case["shapes"], case.get("ranks", 1)))
     of_kernels: dict[tuple[Any, ...], dict[str, Any]] = {}
     for one in launched:
         of = of_kernels.setdefault(variant_of(one), {"kernel": one, "launches": 0, "bytes": 0.0})
@@ -156,6 +167,25 @@ def record(case: dict[str, Any]) -> dict[str, Any]:
         "device_ms": sum(milliseconds(moved(one)) for one in launched) + milliseconds(0, eager.operations.total()),
         "of_kernels": rows,
     }
+
+
+def params_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype, ranks: int) -> list[Tensor]:
+    """With gradients; of several ranks, that of the first, whose group is a fake that adds nothing up."""
+    made = [[torch.empty(shape, dtype=dtype) for _ in range(2)] for shape in pieces_of(shapes, ranks)]
+    if ranks > 1:
+        dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
+        Exchange.found = lambda self: None  # or ranks would seem to disagree
+        mesh = init_device_mesh("cpu", (ranks,))
+        made = [[_shared(x, shape, mesh) for x in of] for of, shape in zip(made, shapes, strict=True)]
+    for param, grad in made:
+        param.requires_grad_().grad = grad
+    return [param for param, _ in made]
+
+
+def _shared(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> Tensor:
+    whole = torch.Size(shape)
+    stride = torch.empty(whole, device="meta").stride()
+    return DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
 
 
 def described(of: dict[str, Any], elements: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,18 +52,28 @@ GOALS = {
     "resnet50": Goal(48, 46.0),
     "gpt2-beta1": Goal(bytes=33.0),
     "gpt2-beta1-bfloat16": Goal(),
+    "gpt2-sharded": Goal(30, 26.0),
+    "decoder-600m-sharded": Goal(30, 13.0),
 }
+RANKS = 8
+
+
+def sharded(row: Row) -> Row:
+    return row._replace(title=f"{row.title}, a piece of {RANKS} ranks")
+
+
 HALF_MOMENTUM = ROWS["gpt2-beta1"]._replace(title="GPT-2 with beta1=0.9, momentum in bfloat16")
 CASES: dict[str, tuple[Row, dict[str, Any]]] = {
     **{name: (row, {}) for name, row in ROWS.items()},
     "gpt2-beta1-bfloat16": (HALF_MOMENTUM, {"momentum_dtype": "bfloat16"}),
+    **{f"{name}-sharded": (sharded(ROWS[name]), {"ranks": RANKS}) for name in ("gpt2", "decoder-600m")},
 }
 MOST_CODEGEN_S = 90.0
 LARGE = 1.0  # bytes an element that make a kernel a large one
 
 
 def kernels_of(
-    shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float | None = None, **options: Any
+    shapes: Shapes, dtype: torch.dtype = torch.float32, beta1: float | None = None, ranks: int = 1, **options: Any
 ) -> dict[str, Any]:
     """What a step of parameters launches and moves, see _gpu_step.py.
 
@@ -71,6 +81,7 @@ def kernels_of(
         shapes: of the parameters.
         dtype: of parameters and gradients.
         beta1: as of the optimizer.
+        ranks: that share the parameters, each a part of the first dimension; what is said is of one of them.
         **options: others of the optimizer, a dtype by its name.
 
     Raises:
@@ -78,7 +89,7 @@ def kernels_of(
     """
     if importlib.util.find_spec("triton") is None:
         raise RuntimeError("the kernels of a GPU need Triton, which CUDA builds of torch for Linux bring; no GPU is needed")
-    case = {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), "beta1": beta1, "options": options}
+    case = {"shapes": shapes, "dtype": str(dtype).removeprefix("torch."), "beta1": beta1, "ranks": ranks, "options": options}
     with tempfile.TemporaryDirectory(prefix="gpu-") as directory:
         variables = {**os.environ, "TRITON_CACHE_DIR": directory, "TRITON_INTERPRET": "0"}
         variables["PYTHONPATH"] = os.pathsep.join([str(CHILD.parents[1]), os.environ.get("PYTHONPATH", "")])
@@ -88,6 +99,11 @@ def kernels_of(
         raise RuntimeError(f"building the kernels failed:\n{done.stderr}")
     result: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return result
+
+
+def pieces_of(shapes: Sequence[Sequence[int]], ranks: int) -> Shapes:
+    """Those of the first of some ranks."""
+    return [(-(-first // ranks), *rest) for first, *rest in shapes] if ranks > 1 else [tuple(shape) for shape in shapes]
 
 
 def adamw(shapes: Shapes, itemsize: int) -> dict[str, float]:
@@ -126,7 +142,7 @@ def measure_row(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "beta1": row.beta1,
         "options": of_optimizer,
         "goal": {"launches": goal.launches, "bytes_per_element": goal.bytes},
-        "fused_adamw": adamw(shapes, row.dtype.itemsize),
+        "fused_adamw": adamw(pieces_of(shapes, of_optimizer.get("ranks", 1)), row.dtype.itemsize),
         **result,
     }
 
@@ -234,7 +250,7 @@ def bar(axes: Any, y: float, value: float, name: str, label: str | None, alpha: 
 
 def main() -> None:
     options = parser(__doc__, redraw=True)
-    options.add_argument("--networks", nargs="+", choices=CASES, metavar="NAME", help=f"of {', '.join(CASES)} (default: seven)")
+    options.add_argument("--networks", nargs="+", choices=CASES, metavar="NAME", help=f"of {', '.join(CASES)} (default: nine)")
     help_kernels = "name the kernels that move so many bytes an element or more"
     options.add_argument("--kernels", type=float, metavar="BYTES", help=help_kernels)
     chosen = options.parse_args()

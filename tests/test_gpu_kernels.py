@@ -55,17 +55,39 @@ def test_launches_and_bytes(kernels_of: Any, shape: tuple[int, ...]) -> None:
     assert step["bytes_per_element"] <= bound.bytes_per_element
 
 
+SHARDED = {
+    # The same reads; besides, sums are added up in float64, and averages are written when these have come.
+    MATRICES: Bound(6, 21.5),
+    # Summed before it is updated, as what is long: p, g and the second moment are read twice, two are written.
+    VECTORS: Bound(4, 32.0),
+    KERNELS: Bound(4, 31.0),
+}
+
+
 @needs_triton
-def test_launches_do_not_grow_with_members(kernels_of: Any) -> None:
-    few, many = (kernels_of([(64, 48), (64,), (8, 8, 3, 3)] * k) for k in (2, 40))
+@pytest.mark.parametrize("shape", SHARDED, ids=str)
+def test_launches_and_bytes_of_pieces(kernels_of: Any, shape: tuple[int, ...]) -> None:
+    step, bound = kernels_of([(8 * shape[0], *shape[1:])] * 3, ranks=8), SHARDED[shape]
+    assert 0 < step["triton_launches"] <= bound.launches
+    assert step["aten_launches"] <= 10  # the buffer that ranks add up, and what they agree on
+    assert step["bytes_per_element"] <= bound.bytes_per_element
+
+
+@needs_triton
+@pytest.mark.parametrize("ranks", [1, 8])
+def test_launches_do_not_grow_with_members(kernels_of: Any, ranks: int) -> None:
+    few, many = (kernels_of([(64, 48), (64,), (8, 8, 3, 3)] * k, ranks=ranks) for k in (2, 40))
     assert many["triton_launches"] == few["triton_launches"]
     assert many["aten_launches"] == few["aten_launches"]
 
 
 @needs_triton
+@pytest.mark.parametrize("ranks", [1, 8])
 @pytest.mark.parametrize(("dtype", "options"), CASES.items(), ids=map(str, CASES))
-def test_all_are_built_ahead_and_keep_to_registers(kernels_of: Any, dtype: torch.dtype, options: dict[str, Any]) -> None:
-    step = kernels_of(SHAPES, dtype, **options)
+def test_all_are_built_ahead_and_keep_to_registers(
+    kernels_of: Any, dtype: torch.dtype, options: dict[str, Any], ranks: int
+) -> None:
+    step = kernels_of(SHAPES, dtype, ranks=ranks, **options)
     assert step["graphs_in_steps"] == 0
     builds = {kernel["name"]: kernel["build"] for kernel in step["of_kernels"]}
     assert max(build["stack"] for build in builds.values()) <= STACK

@@ -15,30 +15,20 @@ from array import array
 from collections.abc import Collection, Sequence
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.cpu import launches as cpu
 from adafactor_compiled._fused.cpu import layout as cpu_layout
 from adafactor_compiled._fused.gpu import launches as gpu
 from adafactor_compiled._fused.gpu import layout as gpu_layout
+from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.shape_class import ShapeClass
 
 # Of a member: parameter, gradient, rows, columns, momentum, its RMS and that of its update, and a row of the numbers. What is
 # kept as a whole stands for rows and columns, and what stands for rows for a momentum where there is none.
 ADDRESSES = gpu.ADDRESSES
 Kernels = cpu_layout.Kernels | gpu_layout.Kernels
-STATISTICS, COUNT, STEP = range(3)  # calls: the first two are for pieces, and write nothing but sums
-
-
-class Piece(NamedTuple):
-    """Of a member that is one: the columns of another table."""
-
-    sums: int  # address of what ranks add up, float64, in the order of `_sharded/exchange.py`
-    agree: int  # and of how many elements agree, for cautious steps, else 0
-    split: int  # of cpu/layout.py
-    numel: int  # of the whole parameter
-    rows: int
-    columns: int
 
 
 class Launch(Protocol):
@@ -75,8 +65,13 @@ class Launch(Protocol):
 def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
     """None for what has no kernels: it is stepped by operations of torch; `split` says what ranks split of a piece."""
     if gpu_layout.is_gpu(of.device):
-        return gpu_layout.kernels_of(of) if split is None else None
+        return gpu_layout.kernels_of(of, split)
     return cpu_layout.kernels_of(of, split)
+
+
+def skips_by_itself(device: torch.device) -> bool:
+    """Whether kernels look at gradients before they write: those of a CPU do."""
+    return device.type == "cpu" and not gpu_layout.is_gpu(device) and not torch.compiler.is_compiling()
 
 
 class Planned(NamedTuple):
@@ -97,13 +92,13 @@ def planned(of: ShapeClass, split: int | None = None) -> Planned:
 def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:
     """The launches that step these members of one step; those `unaligned` begin at addresses that are no multiples of 16."""
     on_cpu = [(i, (of, kernels, cut)) for i, (of, kernels, cut) in enumerate(members) if cut is not None]
-    on_gpu = [i for i, member in enumerate(members) if member.cut is None]
+    on_gpu = [(i, (of, kernels)) for i, (of, kernels, _) in enumerate(members) if isinstance(kernels, gpu_layout.Kernels)]
     launches: list[Launch] = []
     if on_cpu:
         launches += _moved(cpu.launches_of([x for _, x in on_cpu]), [i for i, _ in on_cpu])  # type: ignore[misc]
     if on_gpu:
-        of_gpu = gpu.launches_of([members[i].of for i in on_gpu], {j for j, i in enumerate(on_gpu) if i in unaligned})
-        launches += _moved(of_gpu, on_gpu)
+        of_gpu = gpu.launches_of([x for _, x in on_gpu], {j for j, (i, _) in enumerate(on_gpu) if i in unaligned})
+        launches += _moved(of_gpu, [i for i, _ in on_gpu])
     return launches
 
 

@@ -33,7 +33,7 @@ class Placed(NamedTuple):
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
     names: list[str]  # what of the state is a DTensor
-    split: int | None  # see cpu/layout.py; None for what is not split, and no piece
+    split: int | None  # see pieces.py; None for what is not split, and no piece
     origin: Origin
 
 

@@ -9,8 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.launches import ADDRESSES, STEP, Launch, Piece
+from adafactor_compiled._fused.launches import ADDRESSES, Launch
 from adafactor_compiled._fused.members import Member
+from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.layout import compute_dtype
 
 

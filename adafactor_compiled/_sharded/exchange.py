@@ -231,7 +231,7 @@ def device_of(param: DTensor) -> torch.device:
 
 
 def _terms(split: Split, shape: Shape) -> tuple[dict[str, Shape], dict[str, Shape]]:
-    """The shapes of what the ranks add up of a parameter, in the first round and in the second; step.cpp knows this order."""
+    """The shapes of what the ranks add up of a parameter, in the first round and in the second; _fused knows this order."""
     always: dict[str, Shape] = {"param_sq": (), "nonfinite": ()}
     if split in (Split.VECTOR, Split.SLICES):
         return {**always, "update_sq": ()}, {}

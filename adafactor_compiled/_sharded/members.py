@@ -9,9 +9,8 @@ from typing import cast
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._fused.cpu.layout import COLUMNS, NEITHER, ROWS
-from adafactor_compiled._fused.launches import Piece
 from adafactor_compiled._fused.members import Member, Placed
+from adafactor_compiled._fused.pieces import COLUMNS, NEITHER, ROWS, Piece
 from adafactor_compiled._sharded.exchange import Slot
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import factored_dims

@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 from adafactor_compiled._compile import passes
 from adafactor_compiled._compile.examples import Pass
 from adafactor_compiled._compile.passes import pass_of
-from adafactor_compiled._fused.launches import COUNT, STATISTICS
+from adafactor_compiled._fused.pieces import COUNT, STATISTICS
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchange import Slot
 from adafactor_compiled._sharded.exchanges import Exchanges, admit, agree, begin, slots_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._fused.launches import ADDRESSES, launches_of
+from adafactor_compiled._fused.launches import ADDRESSES, launches_of, skips_by_itself
 from adafactor_compiled._fused.members import Member, addresses_in, of_this_rank
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchanges import Exchanges, slots_of
@@ -23,7 +23,6 @@ from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.faults import note
-from adafactor_compiled._step.fused import skips_by_itself
 from adafactor_compiled._step.plan import Plan, options_of
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
 from adafactor_compiled._step.record import Record

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES
 from adafactor_compiled._fused.members import addresses_in
 from adafactor_compiled._fused.table import Found
@@ -18,11 +17,6 @@ from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.calls import Tables
 from adafactor_compiled._step.plan import Plan
 from adafactor_compiled._step.shared import sharing
-
-
-def skips_by_itself(device: torch.device) -> bool:
-    """Whether kernels look at gradients before they write: those of a CPU do."""
-    return device.type == "cpu" and not gpu_layout.is_gpu(device) and not torch.compiler.is_compiling()
 
 
 class Gathered(NamedTuple):

@@ -12,7 +12,7 @@ from torch.distributed.tensor.placement_types import Placement
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.examples import Pass
-from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of
+from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of, skips_by_itself
 from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
 from adafactor_compiled._sharded.members import localized, placed_of
@@ -129,6 +129,8 @@ def _piece_of(entry: Entry, update_rms: Tensor) -> Member | None:
     if placed is None:
         return None
     local = localized(entry)
+    if placed.split is not None and entry.group["nonfinite"] == "skip" and not skips_by_itself(local.param.device):
+        return None  # whether it is to be undone is another number that ranks add up, which only operations of torch do
     if local.param.dtype != entry.param.dtype:  # a DTensor whose `data` was set, which its piece does not learn of
         return None
     of = _class_of(local)._replace(factored=factored_dims(entry.param.shape, entry.group) is not None)

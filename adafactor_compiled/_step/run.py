@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from adafactor_compiled._fused.launches import skips_by_itself
 from adafactor_compiled._fused.operator import step_members
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
@@ -16,7 +17,7 @@ from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.calls import Tables, members_as_they_are, members_of, run_call
-from adafactor_compiled._step.fused import launched_of, skips_by_itself
+from adafactor_compiled._step.fused import launched_of
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan, is_padded
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_call, range_of_part, range_of_table

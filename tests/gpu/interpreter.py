@@ -6,6 +6,8 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import os
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -112,3 +114,28 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(launches, "_zeros", allowed(launches._zeros))
     monkeypatch.setattr(steps, "STEPS", {kind: step(run) for kind, run in steps.STEPS.items()})
     return memory
+
+
+def said_to_be_moved(monkeypatch: pytest.MonkeyPatch) -> Callable[[], float]:
+    """Gives the bytes of what is launched from now on, as profiles/gpu_kernels.py counts them."""
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "profiles"))
+    import _gpu_step
+
+    from adafactor_compiled._fused.gpu import steps
+
+    launched = []
+
+    class Noted:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: tuple[int, ...]) -> Any:
+            def run(*arguments: Any, **constants: Any) -> None:
+                launched.append(_gpu_step.Launched(self.kernel, grid[0], arguments, constants))
+                self.kernel[grid](*arguments, **constants)
+
+            return run
+
+    for name in _gpu_step.KERNELS:
+        monkeypatch.setattr(steps, name, Noted(getattr(steps, name)))
+    return lambda: sum(map(_gpu_step.moved, launched))

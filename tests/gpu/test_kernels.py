@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,7 +9,7 @@ import torch
 from against_reference import BFLOAT16, FLOAT16, FLOAT32, FLOAT64, check_against_reference, problem_of
 from compilers import compiled_by, uncompiled
 from hypothesis import HealthCheck, given, settings
-from interpreter import Memory
+from interpreter import Memory, said_to_be_moved
 from strategies import Group, Parameter, Problem, problems
 from torch import Tensor
 
@@ -19,26 +18,6 @@ from adafactor_compiled._fused.gpu import launches, layout
 from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS
 
 COMMON = settings(max_examples=25, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
-
-
-@pytest.fixture
-def in_parts(on_gpu: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Several blocks, tiles and launches for what fits into one otherwise."""
-    for name, value in {
-        "BLOCK_BYTES": 256,
-        "LEAST_ROWS": 2,
-        "TILE": {2: 64, 4: 64, 8: 64},
-        "FEW_ROWS": 8,
-        "WIDE": 0.25,
-        "WIDEST": 16,
-        "CHUNK": 16,
-        "SHORTEST": (8, 16),
-        "TILE_OF_COLUMNS": (2, 16),
-        "TILE_OF_SLICES": 16,
-        "MOST_OF_SLICE": 16,
-    }.items():
-        monkeypatch.setattr(layout, name, value)
-    monkeypatch.setattr(launches, "LEAST_PARTIAL", 64)
 
 
 @pytest.fixture
@@ -286,34 +265,14 @@ def test_bytes_that_are_said_to_be_moved(
     on_gpu: Memory, monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...], momentum: float | None
 ) -> None:
     """What profiles/gpu_kernels.py counts is what kernels read and write, but for their tables."""
-    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "profiles"))
-    import _gpu_step
-
-    from adafactor_compiled._fused.gpu import steps
-
-    launched = []
-
-    class Noted:
-        def __init__(self, kernel: Any) -> None:
-            self.kernel = kernel
-
-        def __getitem__(self, grid: tuple[int, ...]) -> Any:
-            def run(*arguments: Any, **constants: Any) -> None:
-                launched.append(_gpu_step.Launched(self.kernel, grid[0], arguments, constants))
-                self.kernel[grid](*arguments, **constants)
-
-            return run
-
     param = torch.randn(shape).requires_grad_()
     optimizer = Adafactor([param], fused=True, beta1=momentum)
     param.grad = torch.randn_like(param)
     optimizer.step()
-    for name in _gpu_step.KERNELS:
-        monkeypatch.setattr(steps, name, Noted(getattr(steps, name)))
+    said = said_to_be_moved(monkeypatch)
     on_gpu.bytes = 0
     optimizer.step()
-    said = sum(map(_gpu_step.moved, launched))
-    assert said <= on_gpu.bytes <= 1.1 * said
+    assert said() <= on_gpu.bytes <= 1.1 * said()
 
 
 CHANGES = {

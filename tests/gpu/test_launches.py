@@ -16,6 +16,7 @@ from adafactor_compiled._compile.toolchain import cause_of
 from adafactor_compiled._fused import launches as fused
 from adafactor_compiled._fused.gpu import launches, layout
 from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
+from adafactor_compiled._fused.pieces import COLUMNS, NEITHER, ROWS
 from adafactor_compiled._state.layout import contiguous_stride
 from adafactor_compiled._state.shape_class import ShapeClass
 
@@ -25,6 +26,10 @@ GPU = torch.device("cuda")
 def class_of(*shape: int, dtype: torch.dtype = torch.float32, stride: tuple[int, ...] | None = None) -> ShapeClass:
     stride = contiguous_stride(shape) if stride is None else stride
     return ShapeClass(shape, stride, stride, dtype, dtype, GPU, len(shape) > 1, None)
+
+
+def launches_of(*members: ShapeClass) -> list[Any]:
+    return fused.launches_of([fused.planned(of) for of in members])
 
 
 KINDS = {
@@ -56,6 +61,35 @@ def test_kinds(of: ShapeClass, kind: str | None) -> None:
     assert (kernels and kernels.kind) == kind
 
 
+OF_PIECES = {  # and whether they step as their transposes
+    (class_of(96, 3072), ROWS): (MATRICES, False),
+    (class_of(0, 3072), ROWS): (MATRICES, False),
+    (class_of(2, 131_072), ROWS): (MATRICES, False),
+    (class_of(4, 0, 64), ROWS): (MATRICES, False),
+    (class_of(96, 384), COLUMNS): (MATRICES, True),
+    (class_of(96, 0), COLUMNS): (MATRICES, True),
+    (class_of(8, 1024, 1024), NEITHER): (MATRICES, False),
+    (class_of(8, 64, 3, 3), NEITHER): (SLICES, False),
+    (class_of(8, 64, 1, 1), NEITHER): (VECTORS, False),
+    (class_of(0, 64, 3, 3), NEITHER): (VECTORS, False),
+    (class_of(96), NEITHER): (VECTORS, False),
+    (class_of(0), NEITHER): (VECTORS, False),
+}
+
+
+@pytest.mark.parametrize(("piece", "expected"), OF_PIECES.items(), ids=str)
+def test_kinds_of_pieces(piece: tuple[ShapeClass, int], expected: tuple[str, bool]) -> None:
+    """All ranks have the same kind where they finish the same sums; what is empty finishes them too."""
+    kernels = kernels_of(*piece)
+    assert kernels is not None
+    assert (kernels.kind, kernels.swapped) == expected
+
+
+@pytest.mark.parametrize(("shape", "split"), [((5, 0), ROWS), ((0, 5), COLUMNS), ((0, 4, 5), ROWS)])
+def test_what_is_empty_as_a_whole_has_no_kernels(shape: tuple[int, ...], split: int) -> None:
+    assert kernels_of(class_of(*shape), split) is None
+
+
 COVERED = [
     (50_257, 768),
     (3072, 768),
@@ -71,7 +105,7 @@ COVERED = [
 
 @pytest.mark.parametrize("stride", [(131_072, 1), (1, 16)])
 def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -> None:
-    (launch,) = launches.launches_of([class_of(16, 131_072, stride=stride)])
+    (launch,) = launches_of(class_of(16, 131_072, stride=stride))
     assert launch.kernels.swapped
     assert len(launch.tables.jobs) == 32
 
@@ -80,7 +114,7 @@ def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -
 def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: tuple[int, ...]) -> None:
     """Blocks of rows of all units are the whole parameter; sums and partial sums have places of their own."""
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 2**40)
-    (launch,) = launches.launches_of([class_of(*shape)] * 3)
+    (launch,) = launches_of(*[class_of(*shape)] * 3)
     units, members = launch.tables.units.tolist(), launch.tables.members.tolist()
     assert len(members) == len(launch.positions)
     counts = torch.bincount(launch.tables.jobs, minlength=len(units)).tolist()
@@ -90,7 +124,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
         assert jobs == blocks
         assert (blocks - 1) * per < rows <= blocks * per
         assert launch.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
-    for _, result, param_sq, param_count, update_sq, update_count in members:
+    for _, result, param_sq, param_count, update_sq, update_count, *_ in members:
         taken += [(result, 3), (param_sq, param_count), (update_sq, update_count)]
     if launch.kernels.kind == MATRICES:
         taken += [(unit[11], unit[7]) for unit in units] + [(unit[12], 1) for unit in units]
@@ -105,7 +139,7 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
 def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
     """Wide matrices have sums as large as a tenth of them: they share the memory, one launch after the other."""
     of = class_of(4096, 4096)
-    made = launches.launches_of([of] * 40)
+    made = launches_of(*[of] * 40)
     assert sorted(i for launch in made for i in launch.positions) == list(range(40))
     most = 40 * of.numel * 4 // 32
     assert max(launch.partial for launch in made) * 4 <= most

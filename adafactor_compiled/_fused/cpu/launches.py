@@ -15,6 +15,7 @@ from torch import Tensor
 
 from adafactor_compiled._fused.cpu import build
 from adafactor_compiled._fused.cpu.layout import Cut, Kernels
+from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
@@ -23,7 +24,6 @@ from adafactor_compiled._update.momentum import LEAST_SHARE
 SOURCE = Path(__file__).with_name("step.cpp")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}
 LINE = 64  # bytes
-PIECE, STEP = 6, 2  # columns of a piece, and the call that steps, as in `_fused/launches.py`
 
 
 class Launch:
@@ -42,8 +42,8 @@ class Launch:
     def forget(self) -> None:
         pass
 
-    def share(self, pieces: Sequence[tuple[int, ...] | None]) -> None:
-        rows = [x or (0,) * PIECE for x in pieces]
+    def share(self, pieces: Sequence[Piece | None]) -> None:
+        rows = [x or (0,) * len(Piece._fields) for x in pieces]
         self._pieces, self._room = array("q", [x for row in rows for x in row]) if any(pieces) else None, None
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP) -> array[int]:

@@ -7,13 +7,13 @@ from typing import NamedTuple
 
 import torch
 
+from adafactor_compiled._fused.pieces import COLUMNS, ROWS
 from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
 from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._state.shape_class import ShapeClass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 GROUPS, SLICES, LANES, VECTOR, TWICE = range(5)  # kinds of members, as step.cpp has them
-NEITHER, ROWS, COLUMNS = range(3)  # what ranks split of the rows and columns of a piece, likewise
 LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
 LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
 BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads

@@ -27,6 +27,12 @@ def pointer_to(pointers, m, i: tl.constexpr, dtype: tl.constexpr, ALIGNED: tl.co
 
 
 @triton.jit
+def sums_at(of, column: tl.constexpr):
+    """Where ranks add up what a row of a table says."""
+    return tl.load(of + column).to(tl.pointer_type(tl.float64))
+
+
+@triton.jit
 def size_of(table, i, ALIGNED: tl.constexpr):
     x = tl.load(table + i)
     return tl.multiple_of(x, 16) if ALIGNED else x
@@ -50,6 +56,12 @@ def moving_average(average, mean_sq, beta2, rest, eps):
 
 
 @triton.jit
+def new_averages(averages, kept, of, place: tl.constexpr, SPLIT: tl.constexpr):
+    """Where new averages of a unit lie until its elements are stepped: where old ones do, or, of pieces, in what is kept."""
+    return averages if SPLIT is None else kept + tl.multiple_of(tl.load(of + place), 16)
+
+
+@triton.jit
 def total(x, count):
     total = tl.zeros([TOTAL], tl.float64)
     for start in range(0, count, TOTAL):
@@ -59,12 +71,22 @@ def total(x, count):
 
 
 @triton.jit
-def measure(param_sq, update_sq, numel, numbers, pointers, m, A: tl.constexpr):
-    """Writes both RMS; gives what the update is multiplied by, and what share of the parameter decays, in float64."""
+def copy(to, x, first, end):
+    for start in range(first, end, TOTAL):
+        at = start + tl.arange(0, TOTAL)
+        tl.store(to + at, tl.load(x + at, at < end, 0.0), at < end)
+
+
+@triton.jit
+def measure(param_sq, update_sq, numel, numbers, pointers, m, A: tl.constexpr, COUNT: tl.constexpr):
+    """Writes both RMS, but where elements are only counted; gives what the update is multiplied by, and what share of the
+    parameter decays, in float64.
+    """
     n = numel.to(tl.float64)
     rms, update_rms = tl.sqrt(param_sq / n), tl.sqrt(update_sq / n)
-    tl.store(pointer_to(pointers, m, t.RMS_AT, A, False), rms.to(A))
-    tl.store(pointer_to(pointers, m, t.UPDATE_RMS_AT, A, False), update_rms.to(A))
+    if not COUNT:
+        tl.store(pointer_to(pointers, m, t.RMS_AT, A, False), rms.to(A))
+        tl.store(pointer_to(pointers, m, t.UPDATE_RMS_AT, A, False), update_rms.to(A))
     least = number_of(numbers, pointers, m, t.MIN_SCALE).to(tl.float64)
     scale = tl.where(
         number_of(numbers, pointers, m, t.SCALE_PARAMETER) > 0, tl.maximum(rms, least, propagate_nan=tl.PropagateNan.ALL), 1.0
@@ -79,13 +101,33 @@ def measure(param_sq, update_sq, numel, numbers, pointers, m, A: tl.constexpr):
 
 
 @triton.jit
-def finish(members, pointers, numbers, sums, A: tl.constexpr):
-    """Of each member, from its sums, both RMS, the scale of its update and its decay."""
+def put(members, sums, SPLIT: tl.constexpr, COUNT: tl.constexpr):
+    """Puts of each piece where ranks add it up: what it has summed but for rows and columns, or how many elements agree."""
+    of = members + tl.program_id(0) * t.MEMBER
+    first = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
+    if COUNT:
+        tl.store(sums_at(of, t.AGREE_AT), first)
+    else:
+        tl.store(sums_at(of, t.SUMS_AT), first)
+        if SPLIT == t.NEITHER:
+            update_sq = total(sums + tl.load(of + t.UPDATE_SQ), tl.load(of + t.UPDATE_SQ_COUNT))
+            tl.store(sums_at(of, t.SUMS_AT) + t.SUMMED_UPDATE_SQ, update_sq)
+
+
+@triton.jit
+def finish(members, pointers, numbers, sums, A: tl.constexpr, SPLIT: tl.constexpr, COUNT: tl.constexpr):
+    """Of each member, from its sums or those of all ranks, both RMS, the scale of its update and its decay."""
     m = tl.program_id(0)
     of = members + m * t.MEMBER
-    param_sq = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
-    update_sq = total(sums + tl.load(of + t.UPDATE_SQ), tl.load(of + t.UPDATE_SQ_COUNT))
-    scale, decay = measure(param_sq, update_sq, tl.load(of + t.NUMEL), numbers, pointers, m, A)
+    if SPLIT is None:
+        param_sq = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
+    else:
+        param_sq = tl.load(sums_at(of, t.SUMS_AT))
+    if SPLIT == t.NEITHER:
+        update_sq = tl.load(sums_at(of, t.SUMS_AT) + t.SUMMED_UPDATE_SQ)
+    else:
+        update_sq = total(sums + tl.load(of + t.UPDATE_SQ), tl.load(of + t.UPDATE_SQ_COUNT))
+    scale, decay = measure(param_sq, update_sq, tl.load(of + t.NUMEL), numbers, pointers, m, A, COUNT)
     result = sums + tl.load(of + t.RESULT)
     tl.store(result, scale)
     tl.store(result + 1, decay)
@@ -168,12 +210,15 @@ def agreement_of(update, x, sign):
 
 
 @triton.jit
-def share(members, sums):
+def share(members, sums, SPLIT: tl.constexpr):
     """Of each member, the share of its elements that agree in sign with their gradient: its third result.
 
-    How many agree stands where the squares of the parameter stood.
+    How many agree stands where the squares of the parameter stood, or where ranks have added it up.
     """
     of = members + tl.program_id(0) * t.MEMBER
-    count = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
+    if SPLIT is None:
+        count = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
+    else:
+        count = tl.load(sums_at(of, t.AGREE_AT))
     least = tl.maximum(count / tl.load(of + t.NUMEL).to(tl.float64), LEAST_SHARE)
     tl.store(sums + tl.load(of + t.RESULT) + 2, least)

@@ -15,34 +15,40 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Kernels, Layout, Tables, kernels_of
+from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Kernels, Layout, Tables
+from adafactor_compiled._fused.pieces import COUNT, STATISTICS, STEP, Piece
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
+from adafactor_compiled._state.moments import is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.numbers import Numbers, to_device
 from adafactor_compiled._update.rounding import DRAWS, swapped
 
 ADDRESSES, ROW, COLUMN, READ = 8, 2, 3, 5  # of a member, as in tables.py; of the first five elements are read
 EXAMPLE = 4096  # elements
-STEP = 2  # as in `_fused/launches.py`
 LEAST_PARTIAL = 4_194_304  # bytes for the sums of blocks, or a 32nd of the parameters, whatever is more
 
 
 class Launch:
     """Members that are stepped together; see `_fused/launches.py`."""
 
-    def __init__(self, layout: Layout, members: Sequence[ShapeClass], positions: list[int], sent: Sent) -> None:
-        self.kernels, self.shape_class, self.positions = layout.kernels, members[positions[0]], positions
-        self.tables, self.partial, self.sums = layout.tables(), layout.partial, layout.sums  # of sums, how many elements
-        self.there, self.sent, self.ran = There(), sent, False
+    def __init__(self, kernels: Kernels, members: Sequence[ShapeClass], positions: list[int], sent: Sent) -> None:
+        self.kernels, self.shape_class, self.positions = kernels, members[0], positions
+        self.members, self.sent, self.ran = members, sent, False
+        self.share([None] * len(members))
 
-    def share(self, pieces: Sequence[object]) -> None:
-        pass
+    def share(self, pieces: Sequence[Piece | None]) -> None:
+        layout = Layout(self.kernels)
+        for of, piece in zip(self.members, pieces, strict=True):
+            layout.add(of, piece)
+        self.tables, self.there = layout.tables(), There()
+        self.partial, self.sums, self.kept = layout.partial, layout.sums, layout.kept  # how many elements
+        self.room: Room | None = None  # of pieces, between two calls
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP) -> None:
-        """Step the members."""
-        if call != STEP:
-            return
+        """See `_fused/launches.py`."""
         of = self.kernels
+        if call not in _calls_of(of):
+            return
         tables, pointers, aligned = _there(self, addresses)
         aligned = aligned and of.sixteens
         if aligned != of.sixteens:
@@ -51,11 +57,25 @@ class Launch:
             numbers = self.sent.numbers_of(numbers, of)
         if draws is not None and of.swapped:
             draws = swapped(draws)
-        _run(Ready(self, tables, pointers, aligned), numbers, draws)
-        self.ran = True
+        _run(Ready(self, tables, pointers, aligned, call), numbers, draws)
+        if call == STEP:
+            self.ran, self.room = True, None
 
     def forget(self) -> None:
-        self.there = There()
+        self.there, self.room = There(), None
+
+
+def _calls_of(of: Kernels) -> list[int]:
+    if of.split is None:
+        return [STEP]
+    return [STATISTICS, COUNT, STEP] if is_cautious(of.momentum) else [STATISTICS, STEP]
+
+
+class Room(NamedTuple):
+    """What kernels leave for those that follow."""
+
+    kept: Tensor | None  # new averages of pieces, which are written when the step is sure
+    sums: Tensor  # float64
 
 
 class There:
@@ -93,32 +113,35 @@ class Ready(NamedTuple):
     tables: Tables
     pointers: Tensor
     aligned: bool  # whether 128 bits can be read at a time
+    call: int
+
+    @property
+    def summed(self) -> bool:
+        """Whether ranks have added up the sums of these, which are pieces."""
+        return self.launch.kernels.split is not None and self.call != STATISTICS
 
 
-def launches_of(members: Sequence[ShapeClass], unaligned: Collection[int] = ()) -> list[Launch]:
-    """The launches that step these members, each of which has kernels; what is `unaligned` is not read 128 bits at a time."""
+def launches_of(members: Sequence[tuple[ShapeClass, Kernels]], unaligned: Collection[int] = ()) -> list[Launch]:
+    """The launches that step these members; what is `unaligned` is not read 128 bits at a time."""
     launches: list[Launch] = []
     part: list[int]
     sent = Sent()
-    for kernels, chosen in group_by_key(_kernels_of(of, i in unaligned) for i, of in enumerate(members)).items():
-        chosen.sort(key=lambda i: -members[i].numel)  # what takes long begins first
-        largest = max(LEAST_PARTIAL, sum(members[i].numel for i in chosen) * kernels.dtype.itemsize // 32)
-        layout, part = Layout(kernels), []
+    kinds = (of._replace(sixteens=False) if i in unaligned else of for i, (_, of) in enumerate(members))
+    for kernels, chosen in group_by_key(kinds).items():
+        shapes = {i: members[i][0] for i in chosen}
+        chosen.sort(key=lambda i: -members[i][0].numel)  # what takes long begins first
+        itemsize, state = kernels.dtype.itemsize, compute_dtype(kernels.dtype).itemsize
+        largest = max(LEAST_PARTIAL, sum(of.numel for of in shapes.values()) * itemsize // 32)
+        layout, part, partial = Layout(kernels), [], 0
         for i in chosen:
-            of = members[i]
-            if part and (layout.partial + layout.partial_of(of)) * compute_dtype(of.dtype).itemsize > largest:
-                launches.append(Launch(layout, members, part, sent))
-                layout, part = Layout(kernels), []
-            layout.add(of)
+            of_member = layout.partial_of(shapes[i]) * state
+            if part and partial + of_member > largest:
+                launches.append(Launch(kernels, [shapes[j] for j in part], part, sent))
+                part, partial = [], 0
+            partial += of_member
             part.append(i)
-        launches.append(Launch(layout, members, part, sent))
+        launches.append(Launch(kernels, [shapes[j] for j in part], part, sent))
     return launches
-
-
-def _kernels_of(of: ShapeClass, unaligned: bool) -> Kernels:
-    kernels = kernels_of(of)
-    assert kernels is not None
-    return kernels._replace(sixteens=False) if unaligned else kernels
 
 
 def _there(launch: Launch, addresses: array[int]) -> tuple[Tables, Tensor, bool]:
@@ -186,16 +209,19 @@ def try_out(of: Kernels) -> None:
     """Compile kernels, by a launch of theirs with a small member of zeros."""
     shape, stride = _example_of(of)
     shape_class = ShapeClass(shape, stride, stride, of.dtype, of.grad_dtype, of.device, True, of.momentum, of.rounding)
-    layout = Layout(of)
-    layout.add(shape_class)
-    example = Launch(layout, [shape_class], [0], Sent())
+    example = Launch(of, [shape_class], [0], Sent())
+    exchanged = _zeros(torch.float64, of.device)
+    if of.split is not None:
+        at, whole = exchanged.data_ptr(), shape[-2:] if len(shape) > 1 else (1, *shape)
+        example.share([Piece(at, at, of.split, shape_class.numel, *whole)])
     state = compute_dtype(of.dtype)
     dtypes = of.dtype, of.grad_dtype, state, state, of.momentum.dtype if of.momentum else state, state, state
     tensors = [_zeros(dtype, of.device) for dtype in dtypes]
     tables, pointers, _ = _there(example, array("q", [*(x.data_ptr() for x in tensors), 0]))
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
     numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
-    _run(Ready(example, tables, pointers, of.sixteens), numbers, draws)
+    for call in _calls_of(of):
+        _run(Ready(example, tables, pointers, of.sixteens, call), numbers, draws)
 
 
 def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -4,6 +4,10 @@
 plain and each row divided by its average. From those `matrix_columns` makes the columns and, by the identity of
 _update/matrices.py, the sum of the squares of the update: no pass over the elements is needed for it. `finish` makes the step
 size of each member; `apply_matrix` reads g and p again and writes p.
+
+Of pieces whose rows are split, `add_columns` puts the sums of all blocks where ranks add them up, and the columns are made of
+what is there then. Where columns are split, the kernels' rows are columns of the parameter. New averages of pieces are kept
+apart until `apply_matrix` comes.
 """
 
 from __future__ import annotations
@@ -13,13 +17,17 @@ import triton.language as tl
 
 from adafactor_compiled._fused.gpu import tables as t
 from adafactor_compiled._fused.gpu.common import (
+    TOTAL,
     agreement_of,
+    copy,
     decay_rates,
     moving_average,
+    new_averages,
     noise_at,
     number_of,
     pointer_to,
     size_of,
+    sums_at,
     total,
     with_momentum,
     write,
@@ -34,9 +42,9 @@ def _place(rows, columns, R, C, TRANSPOSED: tl.constexpr):
 
 @triton.jit
 def matrix_statistics(
-    jobs, units, pointers, numbers, partial, sums,
+    jobs, units, pointers, numbers, partial, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-    ONE_TILE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
+    ONE_TILE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """First reads of a block of rows; with `ONE_TILE` the columns are no more than those of a tile, which is read once."""
     job = tl.program_id(0)
@@ -45,6 +53,7 @@ def matrix_statistics(
     m, start = tl.load(of + t.OF), tl.load(of + t.START)
     p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED), pointer_to(pointers, m, t.G_AT, G, ALIGNED)
     row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
+    new_row = new_averages(row, kept, of, t.NEW_ROW, SPLIT)
     R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
     start = tl.multiple_of(start, 16) if ALIGNED else start
     p, g = p + start, g + start
@@ -84,7 +93,7 @@ def matrix_statistics(
                 row_sq += tl.sum(x * x, 1)
                 param_sq += tl.sum(y * y, 0)
             new = moving_average(old, row_sq / C, beta2, rest, eps)
-        tl.store(row + rows, new, inside)
+        tl.store(new_row + rows, new, inside)
         row_sum += tl.where(inside, new, 0.0)
     tl.store(sums + tl.load(of + t.ROW_SUMS) + block, tl.sum(row_sum, 0).to(tl.float64))
     tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + block, tl.sum(param_sq.to(tl.float64), 0))
@@ -103,51 +112,101 @@ def matrix_statistics(
                 squared = tl.load(g + where, mask, 0.0).to(A)
                 squared *= squared
                 col_sq += tl.sum(squared, 0)
-                weighted_sq += tl.sum(squared / tl.load(row + rows, rows < end, 1.0)[:, None], 0)
+                weighted_sq += tl.sum(squared / tl.load(new_row + rows, rows < end, 1.0)[:, None], 0)
             tl.store(part + c + columns, col_sq, c + columns < C)
             tl.store(part + C + c + columns, weighted_sq, c + columns < C)
 
 
 @triton.jit
-def matrix_columns(
-    jobs, units, pointers, numbers, partial, sums,
-    A: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Some columns of a unit from the sums of its blocks, and what they add to the sum of the squares of the update."""
-    job = tl.program_id(0)
-    u = tl.load(jobs + job)
-    of = units + u * t.UNIT
-    m, R, C, blocks = tl.load(of + t.OF), tl.load(of + t.ROWS), tl.load(of + t.COLUMNS), tl.load(of + t.BLOCKS)
-    col = pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
-    part = partial + tl.load(of + t.PARTIAL)
-    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
-    columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    inside = columns < C
-    col_sq, weighted_sq = tl.zeros([TILE_BLOCKS, TILE_COLUMNS], A), tl.zeros([TILE_BLOCKS, TILE_COLUMNS], A)
+def _of_blocks(of, partial, columns, D: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr):
+    """Sums of columns over all blocks of a unit, plain and of weighted rows, added up in the type D."""
+    C, blocks, part = tl.load(of + t.COLUMNS), tl.load(of + t.BLOCKS), partial + tl.load(of + t.PARTIAL)
+    col_sq, weighted_sq = tl.zeros([TILE_BLOCKS, TILE_COLUMNS], D), tl.zeros([TILE_BLOCKS, TILE_COLUMNS], D)
     for start in range(0, blocks, TILE_BLOCKS):
         b = start + tl.arange(0, TILE_BLOCKS)
-        mask = (b < blocks)[:, None] & inside[None, :]
+        mask = (b < blocks)[:, None] & (columns < C)[None, :]
         where = 2 * C * b[:, None] + columns[None, :]
         col_sq += tl.load(part + where, mask, 0.0)
         weighted_sq += tl.load(part + C + where, mask, 0.0)
+    return tl.sum(col_sq, 0), tl.sum(weighted_sq, 0)
+
+
+@triton.jit
+def add_columns(
+    jobs, units, partial, sums, SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Puts the sums of some columns of a piece, and that of its rows, where ranks add them up."""
+    job = tl.program_id(0)
+    of = units + tl.load(jobs + job) * t.UNIT
+    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
+    columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    inside = columns < tl.load(of + t.COLUMNS)
+    col_sq, weighted_sq = _of_blocks(of, partial, columns, tl.float64, TILE_BLOCKS, TILE_COLUMNS)
+    tl.store(sums_at(of, t.COL_SQ_AT) + columns, col_sq, inside)
+    tl.store(sums_at(of, t.WEIGHTED_SQ_AT) + columns, weighted_sq, inside)
+    if SPLIT == t.SPLIT_ROWS and chunk == 0:
+        tl.store(sums_at(of, t.ROW_SUM_AT), total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS)))
+
+
+@triton.jit
+def matrix_columns(
+    jobs, units, pointers, numbers, partial, kept, sums,
+    A: tl.constexpr, SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """Some columns of a unit from the sums of its blocks, or, where rows are split, from those of all ranks; and what they add
+    to the sum of the squares of the update.
+    """
+    job = tl.program_id(0)
+    u = tl.load(jobs + job)
+    of = units + u * t.UNIT
+    m, R, C = tl.load(of + t.OF), tl.load(of + t.WHOLE_ROWS), tl.load(of + t.COLUMNS)
+    col = pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
+    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
+    columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
+    inside = columns < C
+    if SPLIT is None or SPLIT == t.NEITHER:
+        col_sq, weighted_sq = _of_blocks(of, partial, columns, A, TILE_BLOCKS, TILE_COLUMNS)
+        mean_sq, row_sum = col_sq / R, total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS))
+    else:
+        mean_sq = (tl.load(sums_at(of, t.COL_SQ_AT) + columns, inside, 0.0) / R).to(A)
+        weighted_sq = tl.load(sums_at(of, t.WEIGHTED_SQ_AT) + columns, inside, 0.0).to(A)
+        row_sum = tl.load(sums_at(of, t.ROW_SUM_AT)) if SPLIT == t.SPLIT_ROWS else 0.0
     beta2, rest, eps = decay_rates(numbers, pointers, m)
     old = tl.load(col + columns, inside, 1.0)
-    new = moving_average(old, tl.sum(col_sq, 0) / R, beta2, rest, eps)
-    tl.store(col + columns, new, inside)
-    row_mean = total(sums + tl.load(of + t.ROW_SUMS), blocks) / R.to(tl.float64)
-    if chunk == 0:
-        tl.store(sums + tl.load(of + t.MEAN), row_mean)
+    new = moving_average(old, mean_sq, beta2, rest, eps)
+    tl.store(new_averages(col, kept, of, t.NEW_COL, SPLIT) + columns, new, inside)
     # As in _update/matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
-    of_columns = tl.where(inside, tl.sum(weighted_sq, 0) / new, 0.0).to(tl.float64)
-    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, tl.sum(of_columns, 0) * row_mean)
+    update_sq = tl.sum(tl.where(inside, weighted_sq / new, 0.0).to(tl.float64), 0)
+    if SPLIT == t.SPLIT_COLUMNS:  # the update is divided by the mean of these columns, which are rows of the parameter
+        tl.store(sums + tl.load(of + t.ROW_SUMS) + chunk, tl.sum(tl.where(inside, new, 0.0).to(tl.float64), 0))
+    else:
+        row_mean = row_sum / R.to(tl.float64)
+        if chunk == 0:
+            tl.store(sums + tl.load(of + t.MEAN), row_mean)
+        update_sq *= row_mean
+    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, update_sq)
+
+
+@triton.jit
+def column_means(units, sums, TILE_COLUMNS: tl.constexpr):
+    """Where columns are split: the mean that was yet to come, for each unit."""
+    of = units + tl.program_id(0) * t.UNIT
+    C = tl.load(of + t.COLUMNS)
+    chunks = tl.cdiv(C, TILE_COLUMNS)
+    mean = total(sums + tl.load(of + t.ROW_SUMS), chunks) / C.to(tl.float64)
+    tl.store(sums + tl.load(of + t.MEAN), mean)
+    update_sq = sums + tl.load(of + t.UNIT_UPDATE_SQ)
+    for start in range(0, chunks, TOTAL):
+        at = start + tl.arange(0, TOTAL)
+        tl.store(update_sq + at, tl.load(update_sq + at, at < chunks, 0.0) * mean, at < chunks)
 
 
 @triton.jit
 def apply_matrix(
-    jobs, units, members, pointers, numbers, draws, sums,
+    jobs, units, members, pointers, numbers, draws, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+    SPLIT: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Second reads of a block of rows, and the only write of p; `COUNT`: how many elements agree in sign, nothing else."""
     job = tl.program_id(0)
@@ -156,8 +215,9 @@ def apply_matrix(
     m, start = tl.load(of + t.OF), tl.load(of + t.START)
     start = tl.multiple_of(start, 16) if ALIGNED else start
     p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED) + start, pointer_to(pointers, m, t.G_AT, G, ALIGNED) + start
-    row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
-    col = pointer_to(pointers, m, t.COL_AT, A, ALIGNED) + size_of(of, t.COL_START, ALIGNED and not TRANSPOSED)
+    old_row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
+    old_col = pointer_to(pointers, m, t.COL_AT, A, ALIGNED) + size_of(of, t.COL_START, ALIGNED and not TRANSPOSED)
+    row, col = new_averages(old_row, kept, of, t.NEW_ROW, SPLIT), new_averages(old_col, kept, of, t.NEW_COL, SPLIT)
     R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
     block = job - tl.load(of + t.FIRST_JOB)
     first = block * size_of(of, t.PER, ALIGNED and TRANSPOSED)
@@ -194,3 +254,7 @@ def apply_matrix(
                 write(p + where, y - (y * decay + update), mask, noise, P, ROUNDING)
     if COUNT:
         tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + block, tl.sum(agreeing, 0))
+    elif SPLIT is not None:
+        copy(old_row, row, first, end)
+        if block == 0:
+            copy(old_col, col, 0, C)

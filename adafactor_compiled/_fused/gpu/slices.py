@@ -10,6 +10,7 @@ from adafactor_compiled._fused.gpu.common import (
     agreement_of,
     decay_rates,
     moving_average,
+    new_averages,
     noise_at,
     number_of,
     pointer_to,
@@ -32,9 +33,9 @@ def _place(of, n, rows, columns, first: tl.constexpr, R: tl.constexpr, C: tl.con
 
 @triton.jit
 def slice_statistics(
-    jobs, units, pointers, numbers, sums,
+    jobs, units, pointers, numbers, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE: tl.constexpr, R: tl.constexpr, C: tl.constexpr,
-    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr,
+    TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """First reads of some slices of a few elements each, kernels of convolutions; of a unit, `t.ROWS` is how many there are."""
     job = tl.program_id(0)
@@ -50,13 +51,13 @@ def slice_statistics(
     y = tl.load(p, mask, 0.0).to(A)
     beta2, rest, eps = decay_rates(numbers, pointers, m)
     squared = x * x
-    row = pointer_to(pointers, m, t.ROW_AT, A, False) + n[:, None] * R + rows[None, :]
-    col = pointer_to(pointers, m, t.COL_AT, A, False) + n[:, None] * C + columns[None, :]
+    row, col = pointer_to(pointers, m, t.ROW_AT, A, False), pointer_to(pointers, m, t.COL_AT, A, False)
+    at_rows, at_columns = n[:, None] * R + rows[None, :], n[:, None] * C + columns[None, :]
     of_rows, of_columns = inside[:, None] & (rows < R)[None, :], inside[:, None] & (columns < C)[None, :]
-    new_row = moving_average(tl.load(row, of_rows, 0.0), tl.sum(squared, 2) / C, beta2, rest, eps)
-    new_col = moving_average(tl.load(col, of_columns, 0.0), tl.sum(squared, 1) / R, beta2, rest, eps)
-    tl.store(row, new_row, of_rows)
-    tl.store(col, new_col, of_columns)
+    new_row = moving_average(tl.load(row + at_rows, of_rows, 0.0), tl.sum(squared, 2) / C, beta2, rest, eps)
+    new_col = moving_average(tl.load(col + at_columns, of_columns, 0.0), tl.sum(squared, 1) / R, beta2, rest, eps)
+    tl.store(new_averages(row, kept, of, t.NEW_ROW, SPLIT) + at_rows, new_row, of_rows)
+    tl.store(new_averages(col, kept, of, t.NEW_COL, SPLIT) + at_columns, new_col, of_columns)
     row_mean = tl.sum(tl.where(of_rows, new_row, 0.0), 1) / R
     weighted = squared / tl.where(of_rows, new_row, 1.0)[:, :, None] / tl.where(of_columns, new_col, 1.0)[:, None, :]
     update_sq = tl.sum(tl.sum(weighted, 2), 1) * row_mean
@@ -66,10 +67,10 @@ def slice_statistics(
 
 @triton.jit
 def apply_slices(
-    jobs, units, members, pointers, numbers, draws, sums,
+    jobs, units, members, pointers, numbers, draws, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr, TILE: tl.constexpr,
     R: tl.constexpr, C: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr,
-    ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+    SPLIT: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
 ):  # fmt: skip
     """Second reads of some slices, and the only write of p."""
     job = tl.program_id(0)
@@ -83,8 +84,13 @@ def apply_slices(
     g = pointer_to(pointers, m, t.G_AT, G, False) + _place(of, n3, rows3, columns3, t.STRIDES_OF_G, R, C, CONTIGUOUS)
     x = tl.load(g, mask, 0.0).to(A)
     of_rows, of_columns = inside[:, None] & (rows < R)[None, :], inside[:, None] & (columns < C)[None, :]
-    row = tl.load(pointer_to(pointers, m, t.ROW_AT, A, False) + n[:, None] * R + rows[None, :], of_rows, 1.0)
-    col = tl.load(pointer_to(pointers, m, t.COL_AT, A, False) + n[:, None] * C + columns[None, :], of_columns, 1.0)
+    row_at, col_at = pointer_to(pointers, m, t.ROW_AT, A, False), pointer_to(pointers, m, t.COL_AT, A, False)
+    at_rows, at_columns = n[:, None] * R + rows[None, :], n[:, None] * C + columns[None, :]
+    row = tl.load(new_averages(row_at, kept, of, t.NEW_ROW, SPLIT) + at_rows, of_rows, 1.0)
+    col = tl.load(new_averages(col_at, kept, of, t.NEW_COL, SPLIT) + at_columns, of_columns, 1.0)
+    if SPLIT is not None and not COUNT:
+        tl.store(row_at + at_rows, row, of_rows)
+        tl.store(col_at + at_columns, col, of_columns)
     of_member = members + m * t.MEMBER
     result = sums + tl.load(of_member + t.RESULT)
     scale, decay, sign = tl.load(result).to(A), tl.load(result + 1).to(A), number_of(numbers, pointers, m, t.SIGN)

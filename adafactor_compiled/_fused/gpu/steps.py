@@ -10,8 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from adafactor_compiled._fused.gpu import layout
-from adafactor_compiled._fused.gpu.common import finish, share
-from adafactor_compiled._fused.gpu.launches import Ready
+from adafactor_compiled._fused.gpu.common import finish, put, share
+from adafactor_compiled._fused.gpu.launches import Ready, Room
 from adafactor_compiled._fused.gpu.layout import (
     MATRICES,
     SHORT,
@@ -21,9 +21,10 @@ from adafactor_compiled._fused.gpu.layout import (
     power,
     slices_of_a_block,
 )
-from adafactor_compiled._fused.gpu.matrices import apply_matrix, matrix_columns, matrix_statistics
+from adafactor_compiled._fused.gpu.matrices import add_columns, apply_matrix, column_means, matrix_columns, matrix_statistics
 from adafactor_compiled._fused.gpu.slices import apply_slices, slice_statistics
 from adafactor_compiled._fused.gpu.vectors import apply_vector, vector_sums
+from adafactor_compiled._fused.pieces import COLUMNS, COUNT, ROWS, STATISTICS
 from adafactor_compiled._state.layout import HALF, compute_dtype
 from adafactor_compiled._state.moments import is_cautious
 
@@ -40,69 +41,100 @@ def _options(of: Kernels) -> dict[str, Any]:
     return {"M": momentum, "N": NAMES[drawn_for], "ROUNDING": of.rounding, "CAUTIOUS": is_cautious(of.momentum)}
 
 
-def _sums(ready: Ready) -> Tensor:
-    return torch.empty(ready.launch.sums, dtype=torch.float64, device=ready.launch.kernels.device)
+def _room(ready: Ready) -> Room:
+    """Of pieces that which the statistics have left."""
+    launch, of = ready.launch, ready.launch.kernels
+    if ready.summed:
+        assert launch.room is not None
+        return launch.room
+    kept = None if of.split is None else torch.empty(launch.kept, dtype=compute_dtype(of.dtype), device=of.device)
+    room = Room(kept, torch.empty(launch.sums, dtype=torch.float64, device=of.device))
+    launch.room = None if of.split is None else room
+    return room
 
 
 def _step_matrices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, column_jobs, units, members), pointers, aligned = ready[:4]
-    of, sums = launch.kernels, _sums(ready)
-    partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
+    launch, (jobs, column_jobs, units, members), pointers, aligned, _ = ready
+    of, (kept, sums), split = launch.kernels, _room(ready), {"SPLIT": launch.kernels.split}
     types, (height, width, one_tile, transposed, _) = _types(of), of.shape
-    tile = {"TILE_ROWS": height, "TILE_COLUMNS": width, "ALIGNED": aligned, "TRANSPOSED": bool(transposed)}
+    tile = {"TILE_ROWS": height, "TILE_COLUMNS": width, "ALIGNED": aligned, "TRANSPOSED": bool(transposed), **split}
     tile["num_warps"] = 4 if width >= 256 else 8
-    matrix_statistics[jobs.shape](jobs, units, pointers, numbers, partial, sums, **types, **tile, ONE_TILE=bool(one_tile))
     blocks, columns = layout.TILE_OF_COLUMNS
-    of_columns = {"A": types["A"], "TILE_BLOCKS": blocks, "TILE_COLUMNS": columns, "num_warps": 4}
-    matrix_columns[column_jobs.shape](column_jobs, units, pointers, numbers, partial, sums, **of_columns)
-    finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
+    of_columns = {**split, "TILE_BLOCKS": blocks, "TILE_COLUMNS": columns, "num_warps": 4}
+    partial, exchanges = None, of.split in (ROWS, COLUMNS)
+    if not ready.summed:
+        partial = torch.empty(launch.partial, dtype=compute_dtype(of.dtype), device=of.device)
+        arguments = jobs, units, pointers, numbers, partial, kept, sums
+        matrix_statistics[jobs.shape](*arguments, **types, **tile, ONE_TILE=bool(one_tile))
+        if exchanges:
+            add_columns[column_jobs.shape](column_jobs, units, partial, sums, **of_columns)
+    if exchanges == ready.summed:  # the sums of columns are those of all rows
+        of_units = column_jobs, units, pointers, numbers, partial, kept, sums
+        matrix_columns[column_jobs.shape](*of_units, A=types["A"], **of_columns)
+        if of.split == COLUMNS:
+            column_means[(len(units),)](units, sums, TILE_COLUMNS=columns, num_warps=4)
     options = {**types, **tile, **_options(of)}
 
     def apply(count: bool) -> None:
-        apply_matrix[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
+        apply_matrix[jobs.shape](jobs, units, members, pointers, numbers, draws, kept, sums, **options, COUNT=count)
 
-    _apply(of, members, sums, apply)
+    _finish(ready, numbers, sums, apply)
 
 
-def _apply(of: Kernels, members: Tensor, sums: Tensor, launch: Callable[[bool], None]) -> None:
-    """The last launch; before it, where a step is cautious, one that only counts, and one that makes shares of the counts."""
+def _finish(ready: Ready, numbers: Tensor, sums: Tensor, apply: Callable[[bool], None]) -> None:
+    """What follows the sums. The elements are applied last; before, where a step is cautious, those that agree are counted."""
+    of, call, members = ready.launch.kernels, ready.call, ready.tables.members
+    grid, split = (len(members),), {"SPLIT": of.split, "num_warps": 4}
+    if call == STATISTICS:
+        put[grid](members, sums, **split, COUNT=False)
+        return
+    finish[grid](members, ready.pointers, numbers, sums, A=_types(of)["A"], **split, COUNT=call == COUNT)
     if is_cautious(of.momentum):
-        launch(True)
-        share[(len(members),)](members, sums, num_warps=4)
-    launch(False)
+        if not ready.summed or call == COUNT:
+            apply(True)
+        if call == COUNT:
+            put[grid](members, sums, **split, COUNT=True)
+            return
+        share[grid](members, sums, **split)
+    apply(False)
 
 
 def _step_vectors(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, _, units, members), pointers, aligned = ready[:4]
-    of, sums = launch.kernels, _sums(ready)
+    launch, (jobs, _, units, members), pointers, aligned, _ = ready
+    of, (_, sums) = launch.kernels, _room(ready)
     types, (elements, twice) = _types(of), of.shape
     tile = {"TILE": elements, "TWICE": bool(twice), "ALIGNED": aligned, "num_warps": max(4, elements // 512)}
     whole = of.kind == SHORT
-    if not whole:
+    if not whole and not ready.summed:
         vector_sums[jobs.shape](jobs, units, pointers, numbers, sums, **types, **tile)
-        finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
     options = {**types, **tile, **_options(of), "WHOLE": whole}
 
     def apply(count: bool) -> None:
         apply_vector[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
 
-    apply(False) if whole else _apply(of, members, sums, apply)
+    apply(False) if whole else _finish(ready, numbers, sums, apply)
 
 
 def _step_slices(ready: Ready, numbers: Tensor, draws: Tensor | None) -> None:
-    launch, (jobs, _, units, members), pointers = ready[:3]
-    of, sums = launch.kernels, _sums(ready)
+    launch, (jobs, _, units, members), pointers, _, _ = ready
+    of, (kept, sums) = launch.kernels, _room(ready)
     types, (rows, columns, contiguous) = _types(of), of.shape
-    tile = {"TILE": slices_of_a_block(rows, columns), "R": rows, "C": columns, "CONTIGUOUS": bool(contiguous), "num_warps": 4}
-    tile |= {"TILE_ROWS": power(rows), "TILE_COLUMNS": power(columns)}
-    slice_statistics[jobs.shape](jobs, units, pointers, numbers, sums, **types, **tile)
-    finish[(len(members),)](members, pointers, numbers, sums, A=types["A"], num_warps=4)
+    tile: dict[str, Any] = {
+        "TILE": slices_of_a_block(rows, columns),
+        "R": rows,
+        "C": columns,
+        "CONTIGUOUS": bool(contiguous),
+        "num_warps": 4,
+    }
+    tile |= {"TILE_ROWS": power(rows), "TILE_COLUMNS": power(columns), "SPLIT": of.split}
+    if not ready.summed:
+        slice_statistics[jobs.shape](jobs, units, pointers, numbers, kept, sums, **types, **tile)
     options = {**types, **tile, **_options(of)}
 
     def apply(count: bool) -> None:
-        apply_slices[jobs.shape](jobs, units, members, pointers, numbers, draws, sums, **options, COUNT=count)
+        apply_slices[jobs.shape](jobs, units, members, pointers, numbers, draws, kept, sums, **options, COUNT=count)
 
-    _apply(of, members, sums, apply)
+    _finish(ready, numbers, sums, apply)
 
 
 STEPS: dict[str, Callable[[Ready, Tensor, Tensor | None], None]] = {

@@ -71,7 +71,7 @@ def apply_vector(
     if WHOLE:
         update = scaled_update(x, new, 1.0, TWICE)
         update_sq = tl.sum(tl.where(mask, update * update, 0.0).to(tl.float64), 0)
-        scale, decay = measure(tl.sum((y * y).to(tl.float64), 0), update_sq, n, numbers, pointers, m, A)
+        scale, decay = measure(tl.sum((y * y).to(tl.float64), 0), update_sq, n, numbers, pointers, m, A, False)
     else:
         result = sums + tl.load(of_member + t.RESULT)
         scale, decay = tl.load(result), tl.load(result + 1)
