@@ -63,13 +63,13 @@ def sharded() -> tuple[nn.Module, Adafactor]:
     for p in model.parameters():
         p.data.fill_(5.0)  # what is loaded must replace it
     fully_shard(model)
-    return model, Adafactor(model.parameters(), **OPTIONS, compile=False)
+    return model, Adafactor(model.parameters(), **OPTIONS)
 
 
 def save(folder: str) -> None:
     model = Model()
     fully_shard(model)
-    optimizer = Adafactor(model.parameters(), **OPTIONS, compile=False)
+    optimizer = Adafactor(model.parameters(), **OPTIONS)
     train(model, optimizer, range(10))
     for state, p in ((optimizer.state[p], p) for p in model.parameters() if p.ndim >= 2):
         assert state["exp_avg_sq_row"].placements == state["exp_avg"].placements == p.placements == (Shard(0),)

@@ -19,6 +19,7 @@ from torch.distributed.tensor.placement_types import _StridedShard
 from adafactor_compiled import Adafactor
 
 OPTIONS = {"lr": 1e-2, "relative_step": False, "stochastic_rounding": True}
+MODES: list[dict[str, Any]] = [{"compile": False}, {}]
 CONTIGUOUS = [name for name in PLACEMENTS if name != "slices twice"]
 
 
@@ -57,7 +58,8 @@ def check_draws(shapes: list[tuple[int, ...]], placements: list[Any], mode: dict
 def test_draws_are_those_of_unsharded_training(ranks, name):
     placements, shapes, _ = PLACEMENTS[name]
     larger = [tuple((4 if name == "strided rows" else 3) * size for size in shape) for shape in shapes]
-    ranks(4).run(check_draws, larger, placements, {"compile": False})
+    for mode in MODES:
+        ranks(4).run(check_draws, larger, placements, mode)
 
 
 def test_compiled_draws(ranks):
@@ -100,10 +102,10 @@ def test_pieces_without_consecutive_places_are_refused(ranks):
     ranks(4).run(check_refused)
 
 
-def check_skip(placements: list[Any], shapes: list[tuple[int, ...]]) -> None:
+def check_skip(placements: list[Any], shapes: list[tuple[int, ...]], mode: dict[str, Any]) -> None:
     """A NaN in one rank's piece leaves the whole parameter as it was, on every rank; the twin gets None in its place."""
     params, twins = (placed(shapes, placements, torch.float32) for _ in range(2))
-    options = {"beta1": 0.9, "weight_decay": 0.1, "compile": False}
+    options = {"beta1": 0.9, "weight_decay": 0.1, **mode}
     optimizer, twin = Adafactor(params, nonfinite="skip", **options), Adafactor(twins, **options)
     for step in range(4):
         whole = [whole_of(p).detach() for p in params]
@@ -133,7 +135,8 @@ def check_skip(placements: list[Any], shapes: list[tuple[int, ...]]) -> None:
 @pytest.mark.parametrize("name", ["replicated", "rows twice", "columns twice", "grid", "slices twice"])
 def test_a_parameter_is_skipped_on_all_ranks_or_none(ranks, name):
     placements, shapes, _ = PLACEMENTS[name]
-    ranks(4).run(check_skip, placements, shapes)
+    for mode in MODES:
+        ranks(4).run(check_skip, placements, shapes, mode)
 
 
 def check_sums_are_taken_first() -> None:

@@ -286,3 +286,19 @@ def test_bfloat16_weights_learn_as_float32_ones_do():
         torch.set_num_threads(threads)
     assert abs(rounded / full - 1) <= 0.02, (full, rounded, plain)
     assert plain / full - 1 > 0.02, (full, rounded, plain)
+
+
+def test_what_is_kept_for_graphs_does_not_grow_with_sets_of_gradients(monkeypatch):
+    """A tensor for each parameter, however many of them have gradients in a step; here without a GPU."""
+    monkeypatch.setattr(rounding, "to_device", lambda x, device: x)
+    monkeypatch.setattr(rounding, "_kept", {})
+    keys = [(i, i + 1, i + 2, 0, 0, 0) for i in range(16)]
+    for step in range(50):
+        chosen = [key for i, key in enumerate(keys) if (i * 7 + step) % 5]
+        assert rounding._kept_on(chosen, torch.device("cuda")).tolist() == [list(key) for key in chosen]
+    assert len(rounding._kept) == len(keys)
+
+
+def test_draws_of_transposes():
+    draws = torch.arange(14, dtype=torch.int32).view(2, 7)
+    assert torch.equal(rounding.swapped(draws), draws[:, rounding.SWAPPED])
