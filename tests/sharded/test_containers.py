@@ -41,7 +41,7 @@ class Container:
         self.parts, self.optimizers = parts, [Adafactor(x.parameters(), **OPTIONS, **options) for x in parts]
         self.schedules = [LambdaLR(x, lambda t: 1 / (t + 1)) for x in self.optimizers]
 
-    def train(self, steps: range, per_rank: bool) -> None:
+    def train(self, steps: range, per_rank: bool, scheduled: bool = True) -> None:
         for t in steps:
             x = torch.randn(4, 5, generator=torch.Generator().manual_seed(t))
             if per_rank:
@@ -49,8 +49,9 @@ class Container:
             for part in self.parts:
                 x = part(x)
             x.square().mean().backward()
-            nn.utils.clip_grad_norm_([p for part in self.parts for p in part.parameters()], 0.1)
-            for y in [*self.optimizers, *self.schedules]:
+            if scheduled:
+                nn.utils.clip_grad_norm_([p for part in self.parts for p in part.parameters()], 0.1)
+            for y in [*self.optimizers, *(self.schedules if scheduled else ())]:
                 y.step()
             for optimizer in self.optimizers:
                 optimizer.zero_grad()
@@ -86,3 +87,36 @@ def check_container(folder: str, mode: dict[str, Any]) -> None:
 @pytest.mark.parametrize("path", PATHS)
 def test_a_container_goes_on_from_one_flat_checkpoint(ranks, tmp_path, path):
     ranks(2).run(check_container, str(tmp_path), PATHS[path])
+
+
+def check_in_backward(mode: dict[str, Any]) -> None:
+    """An optimizer for each parameter, stepped when its gradient has been scattered; a step waits for the other ranks."""
+    parts, plain = parts_of(), Container(parts_of(), foreach=False)
+    model = nn.Sequential(*[fully_shard(x) for x in parts])
+    fully_shard(model)
+    saved = None
+    for start in (0, 3):
+        optimizers = {p: Adafactor([p], **OPTIONS, **mode) for p in model.parameters()}
+        if saved is not None:
+            set_optimizer_state_dict(model, list(optimizers.values()), saved, options=FLAT)
+
+        def hook(p: torch.Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizers]
+        for t in range(start, start + 3):
+            x = torch.randn(4, 5, generator=torch.Generator().manual_seed(t))
+            model(x.chunk(dist.get_world_size())[dist.get_rank()]).square().mean().backward()
+        for handle in handles:
+            handle.remove()
+        saved = get_optimizer_state_dict(model, list(optimizers.values()), options=FLAT)
+    plain.train(range(6), per_rank=False, scheduled=False)
+    expected = [q for part in plain.parts for q in part.parameters()]
+    for p, q in zip(model.parameters(), expected, strict=True):
+        assert_close(whole(p), q, 1e-5, tuple(q.shape))
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_optimizers_in_backward(ranks, path):
+    ranks(2).run(check_in_backward, PATHS[path])
