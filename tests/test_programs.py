@@ -309,6 +309,26 @@ def moments_pruned(make: Make) -> Iterable[Tensor]:
 
 
 @program
+def begun_anew(make: Make) -> Iterable[Tensor]:
+    """Resets in the middle: `state.clear()`, a parameter's own, and a group that leaves and comes back with its state."""
+    model = model_of()
+    optimizer = make([{"params": x.parameters()} for x in model], beta1=0.9, **SETTINGS)
+    train(model, optimizer)
+    optimizer.state.clear()
+    reload(optimizer)
+    train(model, optimizer, start=3)
+    optimizer.state[model[0].weight].clear()
+    optimizer.state[model[2].weight] = {}
+    left = optimizer.param_groups.pop(1)
+    train(model, optimizer, start=6)
+    optimizer.add_param_group(left)
+    train(model, optimizer, start=9)
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+    train(model, optimizer, start=12)
+    return model.parameters()
+
+
+@program
 def groups_in_another_order(make: Make) -> Iterable[Tensor]:
     """OneTrainer: the state of a run goes to groups in another order, with keys of its own at the top."""
     model = model_of()
