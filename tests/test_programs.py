@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import copy
 import functools
+import pickle
 import weakref
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
+from types import MethodType
 from typing import Any
 
 import numpy as np
@@ -20,9 +22,10 @@ from compilers import compiled_by, uncompiled
 from tolerances import assert_same_parameter
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
-from torch.distributed.optim import _apply_optimizer_in_backward
+from torch.distributed.optim import PostLocalSGDOptimizer, _apply_optimizer_in_backward, _NamedOptimizer
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
+from torch.optim.lr_scheduler import CosineAnnealingLR, ExponentialLR, LambdaLR
+from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 from torch.utils._pytree import tree_map
 from transformers.optimization import Adafactor as TransformersAdafactor
 
@@ -306,6 +309,26 @@ def moments_pruned(make: Make) -> Iterable[Tensor]:
 
 
 @program
+def begun_anew(make: Make) -> Iterable[Tensor]:
+    """Resets in the middle: `state.clear()`, a parameter's own, and a group that leaves and comes back with its state."""
+    model = model_of()
+    optimizer = make([{"params": x.parameters()} for x in model], beta1=0.9, **SETTINGS)
+    train(model, optimizer)
+    optimizer.state.clear()
+    reload(optimizer)
+    train(model, optimizer, start=3)
+    optimizer.state[model[0].weight].clear()
+    optimizer.state[model[2].weight] = {}
+    left = optimizer.param_groups.pop(1)
+    train(model, optimizer, start=6)
+    optimizer.add_param_group(left)
+    train(model, optimizer, start=9)
+    optimizer.__setstate__({"state": optimizer.state, "param_groups": optimizer.param_groups})
+    train(model, optimizer, start=12)
+    return model.parameters()
+
+
+@program
 def groups_in_another_order(make: Make) -> Iterable[Tensor]:
     """OneTrainer: the state of a run goes to groups in another order, with keys of its own at the top."""
     model = model_of()
@@ -538,6 +561,325 @@ def copies_on_the_host(make: Make) -> Iterable[Tensor]:
     return copies
 
 
+# Containers, proxies, copies ---------------------------------------------------------------------------------------------
+
+FLAT = StateDictOptions(flatten_optimizer_state_dict=True)
+
+
+@program
+def optimizers_container(make: Make) -> Iterable[Tensor]:
+    """torchtitan: an optimizer and a schedule for each part of a model, and all of their states by name in one flat dict."""
+    model = model_of()
+    parts = [nn.ModuleDict({"first": model[0], "norm": model[1]}), nn.ModuleDict({"last": model[2]})]
+    optimizers = [make(part.parameters(), **SETTINGS) for part in parts]
+    saved: dict[str, Any] = {}
+    for start in (0, 3):
+        schedules = [LambdaLR(x, lambda t: 1 / (t + 1)) for x in optimizers]
+        for t in range(start, start + 3):
+            model.zero_grad()
+            backward(model, t)
+            for x in [*optimizers, *schedules]:
+                x.step()
+        model.zero_grad()
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            saved |= get_optimizer_state_dict(part, optimizer, options=FLAT)
+        optimizers = [make(part.parameters(), **SETTINGS) for part in parts]
+        for part, optimizer in zip(parts, optimizers, strict=True):
+            set_optimizer_state_dict(part, optimizer, saved, options=FLAT)
+    return [*model.parameters(), *(x for optimizer in optimizers for _, key, x in tensors_of(optimizer) if key != "RMS")]
+
+
+@program
+def container_in_backward(make: Make) -> Iterable[Tensor]:
+    """torchtitan: an optimizer for each parameter, stepped in backward, all saved and loaded as those of one model."""
+    model, saved = model_of(), None
+    for start in (0, 3):
+        optimizers = {p: make([p], **SETTINGS) for p in model.parameters()}
+        if saved is not None:
+            set_optimizer_state_dict(model, list(optimizers.values()), saved, options=FLAT)
+
+        def hook(p: Tensor, optimizers: dict[Any, Any] = optimizers) -> None:
+            optimizers[p].step()
+            optimizers[p].zero_grad()
+
+        handles = [p.register_post_accumulate_grad_hook(hook) for p in optimizers]
+        for t in range(start, start + 3):
+            backward(model, t)
+        for handle in handles:
+            handle.remove()
+        saved = get_optimizer_state_dict(model, list(optimizers.values()), options=FLAT)
+    return model.parameters()
+
+
+class Proxy:
+    """What is none of the optimizer's, asked of it; its class is made a subclass of the optimizer's."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.optimizer = optimizer
+        self.__class__ = type("Proxy", (Proxy, type(optimizer)), {})
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+    def state_dict(self) -> Any:
+        return self.optimizer.state_dict()
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        self.optimizer.load_state_dict(state_dict)
+
+    def step(self, closure: Any = None) -> Any:
+        return self.optimizer.step(closure)
+
+
+@program
+def proxy(make: Make) -> Iterable[Tensor]:
+    """Lightning Fabric: an optimizer by its class, with nothing of its own, that a schedule takes for one."""
+    model = model_of()
+    optimizer = Proxy(make(model.parameters(), **SETTINGS))
+    schedule = LambdaLR(optimizer, lambda t: 0.5**t)  # type: ignore[arg-type]
+    for t in range(4):
+        train(model, optimizer, 1, start=t)
+        schedule.step()
+        reload(optimizer)
+        optimizer.param_groups[0]["weight_decay"] = 0.1 * t
+    return model.parameters()
+
+
+@program
+def copied_in_the_middle(make: Make) -> Iterable[Tensor]:
+    """Population-based training, pickled workers: model, optimizer and schedule are copied, and all go on."""
+    model = model_of()
+    optimizer = make([{"params": x.parameters()} for x in model], beta1=0.9, **SETTINGS)
+    schedule = ExponentialLR(optimizer, 0.9)
+    train(model, optimizer)
+    run = model, optimizer, schedule
+    runs = [run, copy.deepcopy(run), pickle.loads(pickle.dumps(run))]
+    for k, (of_model, of_optimizer, of_schedule) in enumerate(runs):
+        for t in range(3):
+            train(of_model, of_optimizer, 1, start=3 + t + k)
+            of_schedule.step()
+    return [p for of_model, *_ in runs for p in of_model.parameters()]
+
+
+@program
+def thawed_layers(make: Make) -> Iterable[Tensor]:
+    """Lightning's BaseFinetuning, ULMFiT: frozen layers join as groups of their own, at lower rates, between steps."""
+    model = model_of()
+    for layer in model[:2]:
+        layer.requires_grad_(False)
+    optimizer = make(filter(lambda p: p.requires_grad, model.parameters()), beta1=0.9, **SETTINGS)
+    schedule = ExponentialLR(optimizer, 0.9)
+    for t, layer in enumerate([None, model[1], None, model[0], None]):
+        if layer is not None:
+            layer.requires_grad_(True)
+            optimizer.add_param_group({"params": layer.parameters(), "lr": optimizer.param_groups[0]["lr"] / 2})
+        train(model, optimizer, 1, start=t)
+        schedule.step()
+        reload(optimizer)
+    return model.parameters()
+
+
+class Keyed(Optimizer):
+    """The same state and groups as another optimizer, loaded in place and by name."""
+
+    def __init__(self, model: nn.Module, base: Any) -> None:
+        self.names = {p: name for name, p in model.named_parameters()}
+        super().__init__(base.param_groups, {})
+        self.base, self.state, self.param_groups = base, base.state, base.param_groups
+
+    def step(self, closure: Any = None) -> Any:
+        return self.base.step(closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"state": {self.names[p]: state for p, state in self.state.items()}}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        for p, state in self.state.items():
+            for key, x in state_dict["state"][self.names[p]].items():
+                if isinstance(x, Tensor):
+                    state[key].detach().copy_(x)
+                else:
+                    state[key] = copy.deepcopy(x)
+
+
+@program
+def keyed_optimizer(make: Make) -> Iterable[Tensor]:
+    """TorchRec: names for keys; a state of zeros is made by a step, and loaded in place."""
+    model = model_of()
+    old, new = (Keyed(model, make(model.parameters(), beta1=0.9, **SETTINGS)) for _ in range(2))
+    train(model, old)
+    saved, kept = copy.deepcopy(old.state_dict()), copy.deepcopy(model.state_dict())
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    new.step()
+    model.load_state_dict(kept)
+    new.load_state_dict(saved)
+    train(model, new, start=3)
+    return model.parameters()
+
+
+class Averager:
+    """Of no other ranks."""
+
+    step = 0
+
+    def average_parameters(self, params: Any) -> None:
+        self.step += 1
+
+
+@program
+def wrappers_of_torch(make: Make) -> Iterable[Tensor]:
+    """torch.distributed.optim: a number at the top of the checkpoint; a state by names, loaded into what a step made."""
+    model = model_of()
+    averaged = PostLocalSGDOptimizer(make(model.parameters(), **SETTINGS), Averager())  # type: ignore[arg-type]
+    train(model, averaged)
+    reload(averaged)
+    assert averaged.averager.step == 3
+    train(model, averaged)
+    named = _NamedOptimizer(model.named_parameters(), make, **SETTINGS)  # type: ignore[arg-type]
+    named.init_state()
+    for t in range(4):
+        model.zero_grad()
+        backward(model, t)
+        named.step()
+        reload(named)
+    return model.parameters()
+
+
+@program
+def step_by_its_parts(make: Make) -> Iterable[Tensor]:
+    """kohya sd-scripts, OneTrainer: `step_parameter` and `step` of their own, that call the optimizer's parts, in hooks."""
+    model = model_of()
+    groups = [{"params": x.parameters(), "lr": lr} for x, lr in zip(model, (1e-2, 1e-3, 1e-4), strict=True)]
+    optimizer = make(groups, **SETTINGS)
+
+    @torch.no_grad()
+    def step_parameter(self: Any, p: Tensor, group: dict[str, Any]) -> None:
+        state, update = self.state[p], p.grad.square() + group["eps"][0]
+        factored, use_first_moment = self._get_options(group, p.shape)
+        if not state:
+            moments = {"exp_avg_sq_row": update[..., 0], "exp_avg_sq_col": update[0]} if factored else {"exp_avg_sq": update}
+            state.update(step=0, **{key: torch.zeros_like(x) for key, x in moments.items()})
+        state["step"] += 1
+        state["RMS"] = self._rms(p)
+        beta2 = 1.0 - state["step"] ** group["decay_rate"]
+        if factored:
+            state["exp_avg_sq_row"].lerp_(update.mean(-1), 1.0 - beta2)
+            state["exp_avg_sq_col"].lerp_(update.mean(-2), 1.0 - beta2)
+            update = self._approx_sq_grad(state["exp_avg_sq_row"], state["exp_avg_sq_col"])
+        else:
+            update = state["exp_avg_sq"].lerp_(update, 1.0 - beta2).rsqrt()
+        update = update * p.grad
+        assert not use_first_moment
+        p.sub_(update / (self._rms(update) / group["clip_threshold"]).clamp(min=1.0) * self._get_lr(group, state))
+
+    def step(self: Any, closure: Any = None) -> None:
+        for group in self.param_groups:
+            for p in filter(lambda p: p.grad is not None, group["params"]):
+                self.step_parameter(p, group)
+
+    train(model, optimizer, 1)
+    own = optimizer.step, getattr(optimizer, "step_parameter", None)
+    optimizer.step, optimizer.step_parameter = MethodType(step, optimizer), MethodType(step_parameter, optimizer)
+    schedule = LambdaLR(optimizer, [lambda t, i=i: 0.5 ** (t + i) for i in range(3)])
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+
+            def hook(p: Tensor, group: dict[str, Any] = group) -> None:
+                optimizer.step_parameter(p, group)
+                p.grad = None
+
+            p.register_post_accumulate_grad_hook(hook)
+    for name in ("train", "eval"):
+        assert not hasattr(optimizer, name)
+    for t in range(3):
+        backward(model, t)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        schedule.step()
+    reload(optimizer)
+    for p in model.parameters():
+        p._post_accumulate_grad_hooks.clear()  # type: ignore[attr-defined]
+        p.grad = torch.ones_like(p)
+    own[0]()
+    return model.parameters()
+
+
+@program
+def memory_efficient_half(make: Make) -> Iterable[Tensor]:
+    """fairseq: what `load_state_dict` rounds is put back by hand, as it was in the checkpoint, into `state`."""
+    model = model_of(torch.bfloat16)
+    old = make(model.parameters(), beta1=0.9, **SETTINGS)
+    train(model, old)
+    saved = copy.deepcopy(old.state_dict())
+    new = make(model.parameters(), beta1=0.9, **SETTINGS)
+    new.load_state_dict(saved)
+    for i, p in enumerate(new.param_groups[0]["params"]):
+        new.state[p] = saved["state"][i]
+    train(model, new, start=3)
+    return model.parameters()
+
+
+@program
+def recast_model(make: Make) -> Iterable[Tensor]:
+    """`model.to(dtype)` between steps, by `.data` and by swapping tensors: the parameters stay, with another dtype."""
+    model = model_of()
+    optimizer = make(model.parameters(), **SETTINGS)
+    for t, dtype in enumerate([torch.float32, torch.bfloat16, torch.float32, torch.bfloat16]):
+        optimizer.zero_grad()
+        torch.__future__.set_swap_module_params_on_conversion(t > 1)
+        try:
+            model.to(dtype)
+        finally:
+            torch.__future__.set_swap_module_params_on_conversion(False)
+        train(model, optimizer, 2, start=2 * t)
+    reload(optimizer)
+    train(model, optimizer)
+    return model.parameters()
+
+
+@program
+def averaged_weights(make: Make) -> Iterable[Tensor]:
+    """torch.optim.swa_utils: averages beside the parameters, swapped in and out, and a schedule with a key of its own."""
+    model = model_of()
+    optimizer = make(model.parameters(), weight_decay=0.1, **SETTINGS)
+    schedule = CosineAnnealingLR(optimizer, 4)
+    averages, last = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(0.5)), SWALR(optimizer, 5e-3, anneal_epochs=2)
+    for t in range(6):
+        train(model, optimizer, 1, start=t)
+        if t < 3:
+            schedule.step()
+            continue
+        averages.update_parameters(model)
+        last.step()
+        reload(optimizer)
+        pairs = list(zip(model.parameters(), averages.module.parameters(), strict=True))
+        for _ in range(2):
+            for p, q in pairs:
+                p.data, q.data = q.data, p.data
+    return [*model.parameters(), *averages.module.parameters()]
+
+
+@program
+def projected_gradients(make: Make) -> Iterable[Tensor]:
+    """PCGrad: gradients of two losses in flat vectors, projected; what each parameter gets is a view of their sum."""
+    model = model_of()
+    params = list(model.parameters())
+    optimizer = make(params, **SETTINGS)
+    for t in range(3):
+        flat = []
+        for seed in (t, t + 10):
+            optimizer.zero_grad(set_to_none=True)
+            backward(model, seed)
+            flat.append(torch.cat([p.grad.flatten() for p in params]))
+        one, other = flat
+        one = one - torch.dot(one, other).clamp(max=0) / other.square().sum() * other
+        for p, x in zip(params, (one + other).split([p.numel() for p in params]), strict=True):
+            p.grad = x.view(p.shape[::-1]).t() if p.ndim == 2 and t == 2 else x.view(p.shape)
+        optimizer.step()
+    return params
+
+
 # Gradients ---------------------------------------------------------------------------------------------------------------
 
 
@@ -594,6 +936,51 @@ def test_compiled(run: Program) -> None:
     theirs = [x.detach().clone() for x in run(TransformersAdafactor)]
     for actual, expected in zip(run(functools.partial(Adafactor, compile=True)), theirs, strict=True):
         assert_same_parameter(actual, expected, "in programs", scale=1.0, where=run.__name__)
+
+
+# What is refused ---------------------------------------------------------------------------------------------------------
+
+
+def replaced(make: Make) -> tuple[nn.Sequential, Any]:
+    """A model whose parameters have taken the places of others in the groups."""
+    model = model_of()
+    optimizer = make(copy.deepcopy(model).parameters(), **SETTINGS)
+    optimizer.param_groups[0]["params"] = list(model.parameters())
+    return model, optimizer
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_flat_checkpoint_of_replaced_parameters(path: str) -> None:
+    """torch asks `state` what to take out of a flat checkpoint, and so takes nothing before `state_dict()` was called."""
+    make = functools.partial(Adafactor, **PATHS[path])
+    with compiled_by(uncompiled) if path == "compiled" else nullcontext():
+        model, old = replaced(make)
+        train(model, old)
+        old.zero_grad()
+        saved = get_optimizer_state_dict(model, old, options=FLAT)
+        other, new = replaced(make)
+        other.load_state_dict(model.state_dict())
+        with pytest.raises(
+            ValueError, match=r"of parameter 0 \(shape \(8, 6\)\), which was put into its group by hand, is empty"
+        ):
+            set_optimizer_state_dict(other, new, saved, options=FLAT)
+        new.state_dict()
+        set_optimizer_state_dict(other, new, saved, options=FLAT)
+        train(model, old, start=3)
+        train(other, new, start=3)
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("of", [torch.optim.AdamW, torch.optim.SGD, torch.optim.Adafactor], ids=lambda of: of.__name__)
+def test_checkpoint_of_another_optimizer(of: Callable[..., Optimizer]) -> None:
+    """Resumed after `--optim` has changed."""
+    model, optimizer = trained(Adafactor, foreach=False)
+    other = of(model.parameters(), lr=1e-3)
+    train(model, other)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match="is another optimizer's: its parameter group 0 has "):
+        optimizer.load_state_dict(other.state_dict())
+    assert before["param_groups"] == optimizer.state_dict()["param_groups"]
 
 
 # Where transformers' Adafactor fails -------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from adafactor_compiled._state import placements
 from adafactor_compiled._state.layout import compute_dtype
-from adafactor_compiled._state.moments import State, complete, factored_dims, shapes_of
+from adafactor_compiled._state.moments import State, complete, factored_dims, is_to_be_stepped, shapes_of
 from adafactor_compiled._state.options import (
     EXECUTION,
     LAYOUT,
@@ -37,6 +37,7 @@ def loading(optimizer: Optimizer) -> Iterator[None]:
     # Other hooks may replace the dict that is loaded: this one comes after theirs, and the other one before theirs.
     def prepare(_: Optimizer, state_dict: dict[str, Any]) -> dict[str, Any]:
         loaded.update(checked(state_dict, optimizer.param_groups))
+        _check_replaced(loaded, optimizer)
         return loaded
 
     def keep_dtypes(_: Optimizer) -> None:
@@ -108,6 +109,7 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             f"the checkpoint's groups should have {lengths} parameters but have {saved_lengths}; nothing was loaded"
         )
     filled = []
+    _check_origin(saved_groups)
     for index, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
         kept = (*EXECUTION, *LAYOUT)
         own = {key: value for key, value in group.items() if key in OPTIONS and (key not in saved or key in kept)}
@@ -123,6 +125,35 @@ def checked(state_dict: dict[str, Any], groups: list[Group]) -> dict[str, Any]:
             _check_layout(param, saved, group, position)
             _check_loaded(state_dict["state"][index], param, group, position)
     return {**state_dict, "param_groups": filled}
+
+
+def _check_origin(saved_groups: list[Group]) -> None:
+    """Raise ValueError for a checkpoint of another optimizer, whose options have other names and other meanings."""
+    for index, saved in enumerate(saved_groups):
+        others = [key for key in saved if key != "params" and key not in OPTIONS]
+        if others and not any(name in saved for name in ("clip_threshold", "decay_rate", "relative_step")):
+            raise ValueError(
+                "the checkpoint should be of this class or of transformers' Adafactor but is another optimizer's: its "
+                f"parameter group {index} has {', '.join(map(str, others))} and none of clip_threshold, decay_rate, "
+                "relative_step; `adafactor_compiled.convert` converts those of other Adafactors; nothing was loaded"
+            )
+
+
+def _check_replaced(state_dict: dict[str, Any], optimizer: Optimizer) -> None:
+    """Raise ValueError where a flat checkpoint has lost the state of parameters that took the places of others.
+
+    torch.distributed.checkpoint takes out of it what the optimizer has a state of, which `state_dict` makes for those.
+    """
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    if {id(x) for x in optimizer.state} <= set(map(id, params)):
+        return
+    states = (state_dict["state"].get(index) for group in state_dict["param_groups"] for index in group["params"])
+    for position, (param, state) in enumerate(zip(params, states, strict=True)):
+        if is_to_be_stepped(param) and state == {} == optimizer.state.get(param):
+            raise ValueError(
+                f"the checkpoint's state of parameter {position} (shape {tuple(param.shape)}), which was put into its group by "
+                "hand, is empty; where torch unflattens it, call `optimizer.state_dict()` first; nothing was loaded"
+            )
 
 
 def _check_layout(param: Tensor, saved: Group, group: Group, index: int) -> None:
