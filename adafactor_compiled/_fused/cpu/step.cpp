@@ -17,6 +17,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <thread>
 #include <type_traits>
 #ifdef _OPENMP
 #include <omp.h>
@@ -95,6 +96,7 @@ struct Numbers {
 };
 constexpr double LEAST_SHARE = LEAST;  // momentum.py
 
+struct Gate { int arrived, round; };  // where threads wait for one another
 struct Launch {
   const Pointers *pointers;
   const Member *members;
@@ -105,6 +107,7 @@ struct Launch {
   char *scratch;
   int64_t scratch_each, room_each;  // bytes: two scratches for large members, then a room for each thread
   int64_t *next;
+  Gate *gate;
   const Piece *pieces;  // or null
   char *kept;  // from one call to the next
   const int64_t *kept_at;
@@ -724,16 +727,23 @@ static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
 }
 INLINE A share_of(const Step &s, double agree) { return (A)std::max(agree / s.numel(), LEAST_SHARE); }
 
+constexpr int SPINS = 2000;
 // Of the threads that step a member together, one.
 struct Team {
   int t, threads;
+  Gate *gate;
   int64_t begin(int64_t count) const { return count * t / threads; }
   int64_t end(int64_t count) const { return count * (t + 1) / threads; }
   template <class F> INLINE void each(int64_t count, const F &f) const { for (int64_t k = begin(count); k < end(count); k++) f(k); }
+  // Not OpenMP's barrier: where other processes have the cores, who waits for a thread that waits for a core should give up its own.
   void wait() const {
-    if (threads > 1) {
-      #pragma omp barrier
+    if (threads == 1) return;
+    const int round = __atomic_load_n(&gate->round, __ATOMIC_ACQUIRE);
+    if (__atomic_add_fetch(&gate->arrived, 1, __ATOMIC_ACQ_REL) == threads) {
+      gate->arrived = 0;
+      __atomic_store_n(&gate->round, round + 1, __ATOMIC_RELEASE);
     }
+    for (int i = 0; __atomic_load_n(&gate->round, __ATOMIC_ACQUIRE) == round; i++) if (i > SPINS) std::this_thread::yield();
   }
 };
 static void statistics(const Step &s, const Groups &of, char *room, const Team &team) {
@@ -813,11 +823,11 @@ static void step_members(const Launch &l, int t) {
   const bool back = l.pieces && l.call != STATISTICS;
   int64_t turn = 0;
   const auto large = [&](int64_t i) {
-    if (takes_part(l, l.members[i])) step_member(l, l.members[i], l.scratch + turn++ % 2 * l.scratch_each, room, {t, l.threads});
+    if (takes_part(l, l.members[i])) step_member(l, l.members[i], l.scratch + turn++ % 2 * l.scratch_each, room, {t, l.threads, l.gate});
   };
   for (int64_t i = 0; i < l.large && !back; i++) large(i);
   for (int64_t i; (i = l.large + __atomic_fetch_add(l.next, 1, __ATOMIC_RELAXED)) < l.count;)
-    if (takes_part(l, l.members[i])) step_member(l, l.members[i], room, nullptr, {0, 1});
+    if (takes_part(l, l.members[i])) step_member(l, l.members[i], room, nullptr, {0, 1, nullptr});
   for (int64_t i = l.large - 1; i >= 0 && back; i--) large(i);
 }
 
@@ -847,8 +857,9 @@ extern "C" void adafactor_step(const Pointers *pointers, const Member *members, 
                                int64_t *skipped, int64_t count, int64_t large, char *scratch, int64_t scratch_each, int64_t room_each,
                                const Piece *pieces, char *kept, const int64_t *kept_at, int64_t call, int threads) {
   int64_t next = 0;
+  Gate gate = {};
   const Launch l = {pointers, members, numbers, draws, skipped, count, large, scratch, scratch_each, room_each, &next,
-                    pieces, kept, kept_at, call, 1};
+                    &gate, pieces, kept, kept_at, call, 1};
 #ifdef _OPENMP
   if (threads > 1) {
     #pragma omp parallel num_threads(threads)
