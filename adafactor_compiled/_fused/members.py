@@ -24,6 +24,7 @@ from adafactor_compiled._state.shape_class import ShapeClass
 
 STRIDED = torch.strided
 P, G, ROW, COL, EXP_AVG, RMS = range(6)  # columns of addresses
+NUMBERS = 7  # the last one, a row of numbers
 
 
 class Placed(NamedTuple):
@@ -32,6 +33,7 @@ class Placed(NamedTuple):
     param: DTensor
     mesh: DeviceMesh
     placements: tuple[Placement, ...]
+    address: int  # of the piece
     names: list[str]  # what of the state is a DTensor
     split: int | None  # see pieces.py; None for what is not split, and no piece
     origin: Origin
@@ -183,7 +185,8 @@ def of_this_rank(x: Placed, p: Tensor, g: Tensor, state: State) -> tuple[Tensor,
         if type(whole) is not DTensor:
             return None
         state[name] = whole.to_local()
-    return p.to_local(), g.to_local(), state
+    piece = p.to_local()
+    return None if piece.data_ptr() != x.address else (piece, g.to_local(), state)
 
 
 def _address_of(x: Factor, state: State, index: int) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.launches import ADDRESSES, Launch
-from adafactor_compiled._fused.members import Member
+from adafactor_compiled._fused.members import NUMBERS, G, Member
 from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.layout import compute_dtype
 
@@ -38,6 +39,8 @@ class Table:
         self._places = torch.tensor([i * ADDRESSES + span[0] for i, span in self._spans], device="cpu")
         self._sizes = torch.tensor([span[1] for _, span in self._spans], device="cpu")
         self._is_written = torch.tensor([span[2] is not None for _, span in self._spans], device="cpu")
+        self._grads = [(i, span.size) for i, span in self._spans if span.tensor is None]
+        self._apart: tuple[list[int], list[int]] = [], []  # where memory that is written begins and ends, in order, as of then
 
     def conflicts(self, addresses: list[int], grads: Sequence[Tensor]) -> set[int]:
         """The members that write to memory which another tensor of the step has too: kernels would race in it.
@@ -47,7 +50,8 @@ class Table:
         Raises:
             RuntimeError: memory was given back.
         """
-        if addresses == self._last:
+        if addresses == self._last or (self._have_only_gradients_moved(addresses) and self._are_apart(addresses, grads)):
+            self._last = addresses
             return set()
         for i, x in enumerate(self.members):
             _check_storages(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])
@@ -59,8 +63,29 @@ class Table:
         if bool(((begins < furthest) & written[1:] | (begins < furthest_written)).any()):
             owners = [self._spans[i][0] for i in order.tolist()]
             return overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
-        self._last = addresses
+        self._last, self._apart = addresses, (starts[written].tolist(), ends[written].tolist())
         return set()
+
+    def _have_only_gradients_moved(self, addresses: list[int]) -> bool:
+        """As they do in training, from step to step."""
+        before = self._last[:]
+        for column in (G, NUMBERS) if before else ():
+            before[column::ADDRESSES] = addresses[column::ADDRESSES]
+        return before == addresses
+
+    def _are_apart(self, addresses: list[int], grads: Sequence[Tensor]) -> bool:
+        """Whether gradients that have moved have memory, and it is none that is written."""
+        starts, ends = self._apart
+        for i, size in self._grads:
+            grad, start = grads[i], addresses[i * ADDRESSES + G]
+            if start == self._last[i * ADDRESSES + G]:
+                continue
+            if not _is_there(grad, size):
+                return False
+            before = bisect_left(starts, start + size)  # spans that begin before its end
+            if before and ends[before - 1] > start:
+                return False
+        return True
 
     def share(self, buffers: list[Tensor], pieces_of: Callable[[], Sequence[Piece | None]]) -> None:
         """Say which members are pieces, with sums in these buffers, where that is not known yet."""
@@ -115,14 +140,16 @@ def _check_storages(x: Member, grad: Tensor, addresses: list[int]) -> None:
     """Raise RuntimeError where memory of a member, as far as it lies elsewhere than before, is in no storage any more."""
     last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
     for column, size, tensor in x.spans:
-        if addresses[column] != last[column]:
-            tensor = grad if tensor is None else tensor
-            if tensor.storage_offset() * tensor.itemsize + size > tensor.untyped_storage().nbytes():
-                raise RuntimeError(
-                    f"parameter {x.position} (shape {tuple(x.shape)}), its gradient or its state has no memory; nothing was "
-                    "stepped"
-                )
+        if addresses[column] != last[column] and not _is_there(grad if tensor is None else tensor, size):
+            raise RuntimeError(
+                f"parameter {x.position} (shape {tuple(x.shape)}), its gradient or its state has no memory; nothing was stepped"
+            )
     x.looked_at[:] = [addresses]
+
+
+def _is_there(x: Tensor, size: int) -> bool:
+    """Whether a storage has the memory, so many bytes, of a tensor."""
+    return x.storage_offset() * x.itemsize + size <= x.untyped_storage().nbytes()
 
 
 def overlapping(spans: list[tuple[int, int, bool, int]]) -> set[int]:

@@ -15,7 +15,7 @@ from adafactor_compiled._sharded.exchange import Slot
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.options import wants_rounding
-from adafactor_compiled._state.placements import Origin, Split, local, split_dims, split_of
+from adafactor_compiled._state.placements import Origin, Split, address_of, local, split_dims, split_of
 from adafactor_compiled._state.views import origin_in
 
 SPLITS = {Split.VECTOR: NEITHER, Split.SLICES: NEITHER, Split.ROWS: ROWS, Split.COLUMNS: COLUMNS}
@@ -33,7 +33,8 @@ def placed_of(entry: Entry) -> Placed | None:
         return None
     names = [key for key, x in entry.state.items() if isinstance(x, DTensor)]
     origin = origin_in(param, group, entry.position) if wants_rounding(param.dtype, group) else Origin()
-    return Placed(param, param.device_mesh, tuple(param.placements), names, split if split_dims(param) else None, origin)
+    split, placements = split if split_dims(param) else None, tuple(param.placements)
+    return Placed(param, param.device_mesh, placements, address_of(param), names, split, origin)
 
 
 def localized(entry: Entry) -> Entry:

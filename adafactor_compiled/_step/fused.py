@@ -28,11 +28,13 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     """Where all lies that kernels touch, looked at before anything is written.
 
     Raises:
-        RuntimeError: a tensor has no memory.
+        RuntimeError: a tensor has no memory, or what a step makes would have none.
     """
     table, shared = plan.table, sharing(plan, entries)
     if table is None:
         return Gathered([], shared)
+    if type(torch.empty(0, device="cpu")) is not Tensor:
+        raise RuntimeError("parameters that have memory cannot step in a mode that makes fake tensors; nothing was stepped")
     addresses: list[int] = []
     grads: list[Tensor] = []
     for i, member in zip(plan.fused, table.members, strict=True):

@@ -21,7 +21,7 @@ from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
 from adafactor_compiled._state.moments import State, check, complete, factored_dims, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
-from adafactor_compiled._state.placements import check_gradient_placements
+from adafactor_compiled._state.placements import address_of, check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._state.views import is_moved, with_dims_last
 from adafactor_compiled._step.calls import Call, calls_inline, calls_of
@@ -188,8 +188,7 @@ def _described(entry: Entry, launched: bool) -> Described:
 def _piece(p: Tensor) -> Piece | None:
     if not isinstance(p, DTensor):
         return None
-    local = p.to_local()
-    return tuple(p.placements), _layout_of(local), local.data_ptr() if type(local) is Tensor else 0
+    return tuple(p.placements), _layout_of(p.to_local()), address_of(p)
 
 
 def _layout_of(x: Tensor) -> Layout:
