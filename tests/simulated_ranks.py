@@ -82,7 +82,7 @@ class Rank:
         members = []
         for x, entry, origin in zip(shared, self.entries, self.origins, strict=True):
             of = shape_class_of(entry.param, entry.grad, self.group)._replace(factored=x.factored)
-            placed = Placed(entry.param, None, (), [], x.split, origin)  # type: ignore[arg-type]
+            placed = Placed(entry.param, None, (), 0, [], x.split, origin)  # type: ignore[arg-type]
             members.append(member_of(entry, of, torch.zeros_like(entry.state["RMS"]), placed))
         self.table = Table(members, launches_of([x.planned for x in members]))
         self.first, self.third = (torch.zeros(n, dtype=torch.float64) for n in (sum(x.sums for x in shared), len(shared)))

@@ -17,6 +17,7 @@ GROUPS, SLICES, LANES, VECTOR, TWICE = range(5)  # kinds of members, as step.cpp
 LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
 LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
 BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads
+ROWS_OF_BLOCK = 512  # at most, since float32 adds them up
 PART = 65_536  # elements of a part of what is not in groups
 PARTS = 64  # at most
 MOST_OF_SLICE, LANE = 256, 16  # elements of a slice that are worth lanes; as many as a vector has, or a multiple
@@ -128,7 +129,7 @@ def _matrix(swapped: bool, slices: int, rows: int, columns: int) -> Cut:
 
 
 def _block(columns: int) -> int:
-    return max(4, BLOCK // max(columns, 1) // 4 * 4)
+    return min(ROWS_OF_BLOCK, max(4, BLOCK // max(columns, 1) // 4 * 4))
 
 
 def _groups(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:

@@ -14,6 +14,7 @@
 // next one, when they have, goes on from there. No option of the build lets the compiler assume that numbers are finite, or reorder sums
 // but where a loop says so.
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -327,21 +328,26 @@ static double rows_apply(const Step s, P *p, const G *g, M *m, A *row, const A *
   return agree;
 }
 
-// A slice that one thread steps. Its room: sums of columns, new columns, their factors and noise, new rows.
-struct Room { A *sq, *weighted, *new_col, *columns, *new_row; };
+// A slice that one thread steps. Its room: sums of columns, of all blocks and of one, plain and weighted; new columns, their factors
+// and noise, new rows.
+struct Room { double *total; A *block, *new_col, *columns, *new_row; };
 INLINE Room room_of(const Step &s, char *room) {
-  A *x = (A *)room;
   const int64_t C = s.x.columns;
-  return {x, x + C, x + 2 * C, x + 3 * C, x + 6 * C};
+  double *total = (double *)room;
+  A *x = (A *)(total + 2 * C);
+  return {total, x, x + 2 * C, x + 3 * C, x + 6 * C};
 }
 static double slice_statistics(const Step &s, int64_t slice, const Room &room, Sums &sums) {
   const int64_t R = s.x.rows, C = s.x.columns, at = slice * R * C;
   double row_sum = 0;
-  std::fill(room.sq, room.sq + 2 * C, (A)0);
-  for (int64_t i = 0; i < R; i += s.x.block)
-    rows_statistics(s, s.at.p + at, s.at.g + at, s.at.row + slice * R, room.new_row, room.sq, room.weighted, i,
+  std::fill(room.total, room.total + 2 * C, 0.0);
+  for (int64_t i = 0; i < R; i += s.x.block) {
+    std::fill(room.block, room.block + 2 * C, (A)0);
+    rows_statistics(s, s.at.p + at, s.at.g + at, s.at.row + slice * R, room.new_row, room.block, room.block + C, i,
                     std::min(R, i + s.x.block), sums.param_sq, row_sum);
-  sums.update_sq += columns_finish(s, s.at.col + slice * C, room.sq, room.weighted, room.new_col, R, 0, C) * (row_sum / R);
+    SIMD for (int64_t j = 0; j < 2 * C; j++) room.total[j] += room.block[j];
+  }
+  sums.update_sq += columns_finish(s, s.at.col + slice * C, room.total, room.total + C, room.new_col, R, 0, C) * (row_sum / R);
   return row_sum / R;
 }
 // The room of a member of one slice still has what its statistics left there, with their `mean`; those of others are taken again.
@@ -727,7 +733,7 @@ static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
 }
 INLINE A share_of(const Step &s, double agree) { return (A)std::max(agree / s.numel(), LEAST_SHARE); }
 
-constexpr int SPINS = 2000;
+constexpr int SPINS = 2000, YIELDS = 200;
 // Of the threads that step a member together, one.
 struct Team {
   int t, threads;
@@ -743,7 +749,10 @@ struct Team {
       gate->arrived = 0;
       __atomic_store_n(&gate->round, round + 1, __ATOMIC_RELEASE);
     }
-    for (int i = 0; __atomic_load_n(&gate->round, __ATOMIC_ACQUIRE) == round; i++) if (i > SPINS) std::this_thread::yield();
+    for (int i = 0; __atomic_load_n(&gate->round, __ATOMIC_ACQUIRE) == round; i++) {
+      if (i > SPINS + YIELDS) std::this_thread::sleep_for(std::chrono::microseconds(50));
+      else if (i > SPINS) std::this_thread::yield();
+    }
   }
 };
 static void statistics(const Step &s, const Groups &of, char *room, const Team &team) {
@@ -846,7 +855,8 @@ extern "C" void adafactor_sizes(const Member *members, int64_t count, int64_t la
     kept_at[x.at] = (int64_t)kept;
     lay_out(x, of, scratch, pieces && pieces[x.at].sums ? kept : scratch);
     const int64_t numbers = x.kind == GROUPS ? 2 * x.columns : x.kind == SLICES ? 6 * x.columns + x.rows : 0;
-    const int64_t bytes = (numbers * (int64_t)sizeof(A) + 127) / 64 * 64;
+    const int64_t totals = x.kind == SLICES ? 2 * x.columns * (int64_t)sizeof(double) : 0;
+    const int64_t bytes = (totals + numbers * (int64_t)sizeof(A) + 127) / 64 * 64;
     if (i < large) *scratch_each = std::max(*scratch_each, (int64_t)scratch);
     *room_each = std::max(*room_each, bytes + (i < large ? 0 : (int64_t)scratch));
   }
