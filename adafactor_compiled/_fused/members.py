@@ -97,8 +97,8 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
     rows, columns = factor("exp_avg_sq_row" if of.factored else "exp_avg_sq"), factor("exp_avg_sq_col") if of.factored else None
     exp_avg = factor("exp_avg") if of.momentum is not None else None
     factors = [(column, x) for column, x in ((ROW, rows), (COL, columns), (EXP_AVG, exp_avg)) if x is not None]
-    spans = [Span(P, _bytes(p.shape, p.stride(), p.dtype), p), Span(G, _bytes(g.shape, g.stride(), g.dtype), None)]
-    spans += [Span(column, _bytes(x.shape, x.stride, x.dtype), x.tensor) for column, x in factors]
+    spans = [Span(P, bytes_of(p.shape, p.stride(), p.dtype), p), Span(G, bytes_of(g.shape, g.stride(), g.dtype), None)]
+    spans += [Span(column, bytes_of(x.shape, x.stride, x.dtype), x.tensor) for column, x in factors]
     written = [p, *(x.tensor for _, x in factors), rms, update_rms]
     spans = [span for span in (*spans, Span(RMS, rms.element_size(), rms)) if span.size > 0]
     return Member(
@@ -129,7 +129,8 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
     )
 
 
-def _bytes(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
+def bytes_of(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
+    """From the first element to the last one."""
     if 0 in shape:
         return 0
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize

@@ -99,9 +99,10 @@ class Exchange:
         self._summed = agreed(mesh, mine, wanted)
         self._dims = sorted({dim for _, param in params for dim in split_dims(param)})
         self.group = group_over(mesh, self._dims)
-        self._sent = torch.float64 if any(kind.dtype is torch.float64 for kind in kinds) else torch.float32
         self.ranks = math.prod(mesh.size(dim) for dim in self._dims)
         self.device = device_of(params[0][1])
+        there = self.device if self.group is None or can_sum(self.group, self.device) else torch.device(mesh.device_type)
+        self._sent = there, torch.float64 if any(kind.dtype is torch.float64 for kind in kinds) else torch.float32
         # A read would make every step wait for the device: there the copy is looked at before the next step.
         self.tells_late = self.device.type != "cpu"
         self._unread: tuple[Tensor, Tensor, torch.Event] | None = None
@@ -188,7 +189,7 @@ class Exchange:
             return
         for x in buffer.replicas:
             x.zero_()
-        sent = flat.to(self.device if can_sum(self.group, self.device) else self.mesh.device_type, self._sent)
+        sent = flat.to(*self._sent)
         dist.all_reduce(sent, group=self.group)
         if sent is not flat:
             flat.copy_(sent)

@@ -52,11 +52,6 @@ class Launched(NamedTuple):
     table: Table
     found: Found
 
-    @property
-    def positions(self) -> list[int]:
-        """Of its DTensors."""
-        return self.table.sharded
-
 
 def step(exchanges: Exchanges, jobs: Sequence[Job], launched: Launched | None) -> tuple[dict[int, Tensor], set[int]]:
     """Step DTensor parameters; collective over their meshes.
@@ -73,7 +68,7 @@ def step(exchanges: Exchanges, jobs: Sequence[Job], launched: Launched | None) -
     Raises:
         RuntimeError: before anything has changed, where another rank has other gradients.
     """
-    positions = [job.entry.position for job in jobs] + (launched.positions if launched else [])
+    positions = [job.entry.position for job in jobs] + (launched.table.sharded if launched else [])
     slots = slots_of(exchanges)
     if not slots.keys() >= set(positions):
         admit(exchanges, positions)

@@ -16,13 +16,14 @@ from torch.optim import Optimizer
 from adafactor_compiled._fused.launches import ADDRESSES, launches_of, skips_by_itself
 from adafactor_compiled._fused.members import Member, addresses_in, of_this_rank
 from adafactor_compiled._fused.table import Found, Table
-from adafactor_compiled._sharded.exchanges import Exchanges, slots_of
+from adafactor_compiled._sharded.exchanges import Exchanges
 from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._sharded.step import step as step_shared
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.faults import note
+from adafactor_compiled._step.fused import makes_fakes
 from adafactor_compiled._step.plan import Plan, options_of
 from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
 from adafactor_compiled._step.record import Record
@@ -72,7 +73,7 @@ class Again:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
         if self._table is None:
             return None
-        if type(torch.empty(0, device="cpu")) is not Tensor:  # in a mode that makes something else of tensors
+        if makes_fakes():
             return None
         known, states_of = self._members, optimizer.state
         chosen: list[Member] = []
@@ -82,7 +83,6 @@ class Again:
         counts: list[int] = []
         rows: list[tuple[Any, ...]] = []
         skips, position, exchanges = False, -1, self._exchanges
-        slots = slots_of(exchanges)
         for group in optimizer.param_groups:
             skips, row, last = skips or group["nonfinite"] == "skip", -1, None
             for p in group["params"]:
@@ -99,7 +99,7 @@ class Again:
                 count, local, of_rank = state.get("step"), (p, g, state), member.placed
                 if of_rank is not None:
                     here = of_this_rank(of_rank, p, g, state)
-                    if here is None or (of_rank.split is not None and position not in slots):
+                    if here is None:
                         return None
                     local = here
                 found = addresses_in(member, *local)

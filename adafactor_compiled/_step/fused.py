@@ -19,6 +19,11 @@ from adafactor_compiled._step.plan import Plan
 from adafactor_compiled._step.shared import sharing
 
 
+def makes_fakes() -> bool:
+    """Whether there is a mode that makes something else of tensors."""
+    return type(torch.empty(0, device="cpu")) is not Tensor
+
+
 class Gathered(NamedTuple):
     addresses: list[int]  # of the members of a plan's table, rows of numbers yet to be said
     shared: set[int]  # positions of entries that share memory which is written, and cannot step together
@@ -33,7 +38,7 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     table, shared = plan.table, sharing(plan, entries)
     if table is None:
         return Gathered([], shared)
-    if type(torch.empty(0, device="cpu")) is not Tensor:
+    if makes_fakes():
         raise RuntimeError("parameters that have memory cannot step in a mode that makes fake tensors; nothing was stepped")
     addresses: list[int] = []
     grads: list[Tensor] = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from adafactor_compiled._fused.members import bytes_of
 from adafactor_compiled._fused.table import overlapping
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.plan import Plan
@@ -17,7 +18,7 @@ def sharing(plan: Plan, entries: Sequence[Entry]) -> set[int]:
     for path, of, positions, _ in plan.parts:
         if path in ONE_BY_ONE or not of.plain or not of.numel or of.device.type == "meta":
             continue
-        size = (1 + sum((size - 1) * step for size, step in zip(of.shape, of.stride, strict=True))) * of.dtype.itemsize
+        size = bytes_of(of.shape, of.stride, of.dtype)
         starts = [(entries[i].param.data_ptr(), i) for i in positions if i not in launched]
         spans += [(start, start + size, True, i) for start, i in starts]
     return overlapping(sorted(spans))

@@ -27,7 +27,7 @@ def step_class(members: Members) -> Tensor:
     k, halves = len(members.params), members.params[0].dtype != members.table.dtype
     size = -(-k // PARTS_OF_HALF) if halves and not torch.compiler.is_compiling() else k
     if members.params[0].device.type == "cpu" and not torch.compiler.is_compiling():
-        size = min(size, max(1, IN_CACHE // max(1, members.params[0].numel())))
+        size = min(size, max(1, _in_cache(members.params[0].numel())))
     if size == k:
         return _step(members)
     return torch.cat([_step(members.part(start, start + size)) for start in range(0, k, size)], 1)
@@ -39,8 +39,13 @@ def steps_one_by_one(of: ShapeClass, k: int) -> bool:
     On a CPU an operation of `torch._foreach_*` takes each member from memory and puts it back, unless all of them stay in its
     cache. Elsewhere a launch is dear.
     """
-    in_cache = min(k, IN_CACHE // max(1, of.numel)) >= LEAST
-    return of.device.type == "cpu" and not torch.compiler.is_compiling() and not in_cache
+    together = min(k, _in_cache(of.numel)) >= LEAST
+    return of.device.type == "cpu" and not torch.compiler.is_compiling() and not together
+
+
+def _in_cache(numel: int) -> int:
+    """How many members of so many elements stay in it."""
+    return IN_CACHE // max(1, numel)
 
 
 def _step(members: Members) -> Tensor:
