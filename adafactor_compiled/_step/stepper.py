@@ -100,6 +100,8 @@ class Stepper:
     def _exchanges_of(self, groups: list[Group]) -> Exchanges:
         """Of options that take turns, each time the same: to make one takes collectives."""
         found = exchanges_of(groups, self._exchanges)
+        if found is self._exchanges[0]:
+            return found
         present = {id(p) for group in groups for p in group["params"]}
         others = [
             x for x in self._exchanges if x and x is not found and all(id(p) in present for of in x for _, p in of.params)
