@@ -150,7 +150,8 @@ class Exchange:
 
     def clear(self) -> None:
         for buffer in (self.first, self.second, self.third):
-            buffer.flat.zero_()
+            if buffer.flat.numel():
+                buffer.flat.zero_()
 
     def told(self) -> RuntimeError | None:
         """That ranks have disagreed in the last step, where that could not be told then."""
