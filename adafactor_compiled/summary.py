@@ -7,15 +7,12 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._compile import graphs
+from adafactor_compiled._compile.calls import Graph, calls_of, view_of
 from adafactor_compiled._fused import launches
 from adafactor_compiled._fused.launches import Kernels
-from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._step.calls import passes_of
 from adafactor_compiled._step.plan import Part, Plan
-from adafactor_compiled._step.routes import route_of
 
 
 class ClassSummary(NamedTuple):
@@ -82,7 +79,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     kernels = {i: member.planned.kernels for i, member in zip(plan.fused, members, strict=False)}
     for part in plan.parts:
         shape_class, launched = part.shape_class, kernels.get(part.positions[0])
-        keys = [launched] if launched is not None else _passes_of(part, entries) if compiles else []
+        keys = [launched] if launched is not None else _graphs_of(part) if compiles else []
         of_part = {key: _seconds_of(key) for key in keys}
         known = {key: value for key, value in of_part.items() if value is not None}
         seconds.update(known)
@@ -103,21 +100,21 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
     return Summary(classes, sum(seconds.values()))
 
 
-def _passes_of(part: Part, entries: list[Entry]) -> Sequence[Pass | Kernels]:
+def _graphs_of(part: Part) -> Sequence[Graph | Kernels]:
     of = part.shape_class
-    if part.path == "sharded":
-        return passes_of_shards(entries[i] for i in part.positions)
-    return [*passes_of(of)] if part.path == "compiled" and route_of(of) is not None else []
+    return (
+        [call.graph for call in calls_of([(of, part.positions)])] if part.path == "compiled" and view_of(of) is not None else []
+    )
 
 
-def _seconds_of(key: Pass | Kernels) -> float | None:
-    return passes.seconds_of(key) if isinstance(key, Pass) else launches.seconds_of(key)
+def _seconds_of(key: Graph | Kernels) -> float | None:
+    return graphs.seconds_of(key) if isinstance(key, Graph) else launches.seconds_of(key)
 
 
 def _path(part: Part, compiles: bool) -> str:
     """Of what kernels do not step."""
     of, path = part.shape_class, part.path
-    if path == "fused" or (path == "compiled" and not (compiles and route_of(of))):
+    if path == "fused" or (path == "compiled" and not (compiles and view_of(of))):
         return "multi_tensor" if of.plain else "reference"
     return path
 

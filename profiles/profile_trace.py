@@ -1,7 +1,7 @@
 """Where the time of one step goes, by call, and how far the calls are from the machine's bandwidth.
 
 The steps run under torch's profiler, in which the package names its calls for the first of their members: "50257x768 float32
-fused", the launch of all that a fused step takes, or "64x64 float32 step_small_matrices", one of the calls of a compiled step.
+fused", the launch of all that a fused step takes, or "64x64 float32 compiled", one of the calls of a compiled step.
 Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient
 read twice and the parameter written; of a vector, read once and written; state read and written) over their time stand beside
 what the machine reaches in a copy and in a read. A matrix that fits in the last cache is read from memory once and the second
@@ -32,7 +32,7 @@ from torch.optim import Optimizer
 
 from adafactor_compiled._state.entries import Entry, entries_of
 from adafactor_compiled._step.plan import plan_of
-from adafactor_compiled._step.ranges import NAME, range_of_call, range_of_part, range_of_table
+from adafactor_compiled._step.ranges import NAME, name_of
 
 PATHS = ["fused", "compiled"]
 SHOWN = 10  # names of a list that are shown on their own
@@ -53,8 +53,8 @@ def bandwidth(rounds: int) -> dict[str, float]:
     return result
 
 
-def name_of(of_range: str) -> str:
-    """`64x64 float32 step_small_matrices` of `Adafactor: 8 x 64x64 float32 step_small_matrices`."""
+def without_count(of_range: str) -> str:
+    """`64x64 float32 compiled` of `Adafactor: 8 x 64x64 float32 compiled`."""
     return of_range.removeprefix(NAME).split(" ", 2)[2]
 
 
@@ -68,12 +68,15 @@ def calls_by_name(optimizer: Optimizer) -> dict[str, dict[str, int]]:
     """How many calls of a name a step makes, the number of their members, and the bytes that these must move."""
     entries = entries_of(optimizer.param_groups, optimizer.state)
     plan = plan_of(entries, None)
-    ranges: list[tuple[Any, list[int]]] = [] if plan.table is None else [(range_of_table(plan.table), plan.fused)]
-    ranges += [(range_of_call(call), call.positions) for call in plan.calls]
-    ranges += [(range_of_part(part), part.positions) for part in plan.eager]
+    ranges = [] if plan.table is None else [(plan.table.members[0].of, plan.fused, "fused")]
+    ranges += [(call.shape_class, list(call.positions), "compiled") for call in plan.calls]
+    if plan.uncompiled:
+        positions = [i for part in plan.uncompiled for i in part.positions]
+        ranges.append((plan.uncompiled[0].shape_class, positions, plan.uncompiled[0].path))
     result: dict[str, dict[str, int]] = {}
-    for named, positions in ranges:
-        total = result.setdefault(name_of(named.name), {"calls": 0, "members": 0, "bytes": 0})
+    for of, positions, how in ranges:
+        name = without_count(name_of(of, len(positions), how))
+        total = result.setdefault(name, {"calls": 0, "members": 0, "bytes": 0})
         total["calls"] += 1
         total["members"] += len(positions)
         total["bytes"] += sum(bytes_of(entries[i]) for i in positions)
@@ -86,7 +89,7 @@ def times_of_step(events: list[FunctionEvent]) -> dict[str, float]:
     result = {OUTSIDE: whole.time_range.elapsed_us() / 1e3}
     for event in events:
         if event.name.startswith(NAME):
-            name, ms = name_of(event.name), event.time_range.elapsed_us() / 1e3
+            name, ms = without_count(event.name), event.time_range.elapsed_us() / 1e3
             result[name] = result.get(name, 0.0) + ms
             result[OUTSIDE] -= ms
     return result

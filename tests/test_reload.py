@@ -16,10 +16,8 @@ def modules():
 
 def load():
     package = importlib.import_module("adafactor_compiled")
-    for name in ("matrices", "chunks"):
-        importlib.import_module(f"adafactor_compiled._update.{name}")
-    passes = importlib.import_module("adafactor_compiled._compile.passes")
-    passes.compiled = functools.cache(lambda key: key.function)  # Inductor would cost seconds
+    graphs = importlib.import_module("adafactor_compiled._compile.graphs")
+    graphs.compiled = functools.cache(lambda graph: graphs._step)  # Inductor would cost seconds
     return package.Adafactor
 
 def make(optimizer_class):
@@ -61,6 +59,6 @@ step(old)
 """
 
 
-@pytest.mark.parametrize("how", ["twice", "all", "adafactor", "_update.matrices", "_update.chunks"])
+@pytest.mark.parametrize("how", ["twice", "all", "adafactor", "_update.multi_tensor", "_compile.calls"])
 def test_old_and_new(how: str) -> None:
     subprocess.run([sys.executable, "-W", "error", "-c", SCRIPT, how], check=True, timeout=300)

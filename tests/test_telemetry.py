@@ -4,7 +4,7 @@ import math
 
 import pytest
 import torch
-from compilers import graphs
+from compilers import count_graphs
 from parameters import parameters, set_gradients
 from paths import PATHS
 from torch.overrides import TorchFunctionMode
@@ -155,12 +155,12 @@ def test_it_costs_one_small_transfer_and_no_recompile():
     optimizer = Adafactor([{"params": params[:2]}, {"params": params[2:]}], compile=True)
     set_gradients(params, 0)
     optimizer.step()
-    compiled = graphs()
+    compiled = count_graphs()
     with Transfers() as transfers:
         optimizer.telemetry()
     assert transfers.seen == [("tolist", 10)]  # five numbers for each of two groups
     optimizer.step()
-    assert graphs() == compiled
+    assert count_graphs() == compiled
 
 
 def test_the_summary_is_data_and_a_table():

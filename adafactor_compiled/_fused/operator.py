@@ -18,11 +18,12 @@ from adafactor_compiled._fused.members import addresses_in, member_of
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import group_by_key
-from adafactor_compiled._state.moments import SECOND_MOMENTS, Momentum, factored_dims, is_cautious, momentum_of
+from adafactor_compiled._state.moments import Momentum, factored_dims, is_cautious, momentum_of
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.shape_class import ShapeClass
-from adafactor_compiled._update import foreach
+from adafactor_compiled._update import multi_tensor
 from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.numbers import Numbers
 
 
 def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequence[Any]) -> None:
@@ -96,11 +97,8 @@ def step(
     chosen = [i for i, of in enumerate(classes) if kernels_of(of) is not None]
     stepped = _stepped_by_kernels([entries[i] for i in chosen], [classes[i] for i in chosen], chosen, numbers, draws)
     for i in set(range(len(params))) - stepped:  # right, and slower
-        _, p, g, state, _ = entries[i]
-        second = map(state.get, SECOND_MOMENTS)
-        of_draws = None if draws is None else draws[i : i + 1]
-        each = [(p, g, *second, state.get("exp_avg"), None)]
-        measured = foreach.step_class(Members.of(each, numbers[i : i + 1], of_draws, cautious))
+        of_draws, table = None if draws is None else draws[i : i + 1], numbers[i : i + 1]
+        measured = multi_tensor.step([Members.of(classes[i], [entries[i]], table, Numbers.of(table), of_draws)])[0]
         rms[i].copy_(measured[0, 0])
 
 

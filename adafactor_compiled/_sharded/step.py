@@ -1,37 +1,34 @@
-"""The step of DTensor parameters: local passes, one all_reduce a mesh, local passes.
+"""The step of DTensor parameters: local sums, one all_reduce a mesh, local writes.
 
 Each rank sees its own pieces. What it sums of them goes into the flat buffer of their mesh (`exchange.py`); after the
 all_reduce every rank has what it needs of the whole parameters. Which sums these are depends on the dimensions that are split
 (`Split`). Nothing is written before the ranks have agreed on the gradients.
+
+Pieces that kernels do not step go through the stages of multi_tensor.py, one after the other. Where columns are split they are
+stepped as transposes, whose rows are split.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, NamedTuple, cast
+from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
-from adafactor_compiled._compile import passes
-from adafactor_compiled._compile.examples import Pass
-from adafactor_compiled._compile.passes import pass_of
 from adafactor_compiled._fused.pieces import COUNT, STATISTICS
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchange import Slot
 from adafactor_compiled._sharded.exchanges import Exchanges, admit, agree, begin, slots_of
 from adafactor_compiled._sharded.members import local_grad, pieces_of
-from adafactor_compiled._sharded.pieces import Piece, can_compile, passes_of
-from adafactor_compiled._state.entries import Entry, path_of
-from adafactor_compiled._state.moments import factored_dims, is_cautious, momentum_of
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import is_cautious, momentum_of
 from adafactor_compiled._state.options import wants_rounding
-from adafactor_compiled._state.placements import Split, local, split_of
+from adafactor_compiled._state.placements import Split, local
 from adafactor_compiled._state.views import origin_in
-from adafactor_compiled._update import vectors
-from adafactor_compiled._update.chunks import Run, vector_shape
-from adafactor_compiled._update.matrices import Averages, Factors, Sums, averages, finish
-from adafactor_compiled._update.members import Member
+from adafactor_compiled._update import multi_tensor
+from adafactor_compiled._update.members import Members
+from adafactor_compiled._update.multi_tensor import Averages, Sums, averages
 from adafactor_compiled._update.numbers import Numbers, moving_average
 from adafactor_compiled._update.rounding import draws_of_entries
 
@@ -42,7 +39,6 @@ class Job(NamedTuple):
     entry: Entry
     table: Tensor  # its numbers
     update_rms: Tensor  # written
-    compiles: bool  # whether its passes are compiled
     draws: Tensor | None = None  # for stochastic rounding
 
 
@@ -113,204 +109,139 @@ def _rounds(entry: Entry) -> bool:
     return wants_rounding(entry.param.dtype, entry.group)
 
 
-def passes_of_shards(entries: Iterable[Entry]) -> list[Pass]:
-    """What stepping DTensor parameters runs compiled on this rank."""
-    keys: dict[Pass, None] = {}
-    for entry in entries:
-        if not compiles(entry):
-            continue
-        p, g = local(entry.param), local(entry.grad)
-        split = split_of(cast(DTensor, entry.param), factored_dims(entry.param.shape, entry.group) is not None)
-        if split is Split.VECTOR and _can_compile_vector(p, g):
-            shape = vector_shape(p.numel())
-            keys |= {_pass_for(entry, function, shape): None for function in (vectors.vector_sums, vectors.apply_vector)}
-        elif split is not Split.VECTOR and can_compile(p, g):
-            keys |= {_pass_for(entry, *of): None for of in passes_of(tuple(p.shape), split)}
-    return list(keys)
-
-
-def compiles(entry: Entry) -> bool:
-    """Whether the passes over a piece are to be compiled; what counts the signs that agree is not."""
-    return path_of(entry.group) in ("fused", "compiled") and not is_cautious(momentum_of(entry.param.dtype, entry.group))
-
-
-def _pass_for(entry: Entry, function: Callable[..., Any], sizes: tuple[int, ...]) -> Pass:
-    param, dtypes = entry.param, (entry.param.dtype, entry.grad.dtype)
-    return pass_of(function, sizes, param.device, dtypes, momentum_of(param.dtype, entry.group), _rounds(entry))
-
-
-def _runner(job: Job, compiles: bool) -> Run:
-    if compiles:
-        return lambda function, sizes, *arguments: passes.compiled(_pass_for(job.entry, function, sizes))(*arguments)
-    return lambda function, sizes, *arguments: function(*arguments)
-
-
 class _Piece:
     """A piece on its way through a step: sums, all_reduce, (sums, all_reduce,) all writes."""
 
     def __init__(self, job: Job, slot: Slot) -> None:
-        self.job, self.slot, self.entry, self.table = job, slot, job.entry, job.table
-        self.numbers, self.numel = Numbers.of(job.table), job.entry.param.numel()
+        self.job, self.slot, self.entry = job, slot, job.entry
         self.grad = local_grad(job.entry)  # placed as the parameter is
+        self.members = _members_of(job, self.grad, slot.split)
+        # Of rows or columns, whichever averages ranks share: how many elements of the whole parameter each is over.
+        self.over = 1 if job.entry.param.ndim < 2 else job.entry.param.shape[-1 if self.members.transposed else -2]
 
     def first(self) -> None:
         """Put into the first buffer what the ranks add up."""
+        self.sums = multi_tensor.statistics(self.members)
+        self.put(param_sq=self.sums.param_sq)
 
     def second(self) -> None:
         """Put into the second buffer what needs the first."""
 
     def third(self) -> None:
         """Put into the third buffer how many elements agree in sign, where the step is cautious."""
+        self.new, numel = self.averages(), self.entry.param.numel()
+        (self.factors,), self.measured = multi_tensor.factors_of(
+            [self.members], [self.summed("param_sq")], [self.new.update_sq], [numel]
+        )
+        if self.slot.third:
+            self.slot.third["agreeing"].copy_(multi_tensor.count(self.members, self.new, self.factors)[0])
 
     def finish(self) -> None:
         """Write the parameter and the state."""
-
-    def summed(self, name: str) -> Tensor:
-        """A sum over the ranks, after the first all_reduce."""
-        return self.slot.first[name].to(self.table.dtype)
-
-    def agree(self, agreeing: Callable[[], Tensor]) -> None:
+        shares = None
         if self.slot.third:
-            self.slot.third["agreeing"].copy_(agreeing())
-
-    def share(self) -> Tensor | None:
-        """Of the elements of the whole parameter that agree in sign, after the third all_reduce."""
-        return self.slot.third["agreeing"].to(self.table.dtype) / self.numel if self.slot.third else None
-
-    def measured(self, measured: Tensor) -> None:
-        """Put the RMS of parameter and update, shape [2], where they are kept."""
-        torch._foreach_copy_([self.entry.state["RMS"], self.job.update_rms], list(measured.unbind()))
-
-
-class _Matrix(_Piece):
-    def __init__(self, job: Job, slot: Slot) -> None:
-        super().__init__(job, slot)
-        state = job.entry.state
-        *_, self.rows, self.columns = job.entry.param.shape
-        self.row = local(state["exp_avg_sq_row"])
-        # Passes write rows before the ranks have agreed, and as views of what is contiguous.
-        row, col = self.row.clone(memory_format=torch.contiguous_format), local(state["exp_avg_sq_col"])
-        exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
-        self.x = Member(local(job.entry.param), self.grad, row, col, None, exp_avg, None, job.table, job.draws)
-        compiles = job.compiles and can_compile(self.x.p, self.x.g)
-        self.piece = Piece(self.x, _runner(job, compiles), compiles)
-
-    def third(self) -> None:
-        self.f, self.rms = self.factors()
-        self.agree(lambda: self.piece.agreement(self.f))
-
-    def finish(self) -> None:
-        self.piece.apply(self.f, self.share())
-        self.row.copy_(self.x.row)
-        self.measured(self.rms)
-
-    def factors(self) -> tuple[Factors, Tensor]:
-        """What turns the gradient into a step, and both RMS; brings the averages of this piece up to date, rows in `x.row`."""
-        return finish(self.averages(), self.summed("param_sq"), self.x.col, self.table, self.numel)
+            agreeing = self.slot.third["agreeing"].to(self.job.table.dtype)
+            shares = (agreeing / self.entry.param.numel()).unsqueeze(0)
+        multi_tensor.apply(self.members, self.new, self.factors, shares)
+        torch._foreach_copy_([self.entry.state["RMS"], self.job.update_rms], [x[0] for x in self.measured])
 
     def averages(self) -> Averages:
-        """The new averages of this piece, the rows also in `x.row`, and the sum of the squares of the whole update."""
+        """The new second moments of this piece, and the sum of the squares of the whole update."""
         raise NotImplementedError
 
+    def put(self, **sums: Tensor) -> None:
+        self.slot.add(**{name: x[0] for name, x in sums.items()})
 
-class _Slices(_Matrix):
-    """Whole rows and columns, so that only two numbers are added up."""
+    def summed(self, name: str) -> Tensor:
+        """A sum over the ranks, after the first all_reduce, [1, ...]."""
+        return self.slot.first[name].to(self.job.table.dtype).unsqueeze(0)
+
+
+class _Whole(_Piece):
+    """A piece with the whole of its averages, so that only two numbers are added up."""
 
     def first(self) -> None:
-        sums = self.piece.statistics()
-        self.local = averages(sums, self.x.col, self.table, self.rows)
-        self.slot.add(param_sq=sums.param_sq, update_sq=self.local.update_sq)
+        super().first()
+        self.local = averages(self.members, self.sums, self.over)
+        self.put(update_sq=self.local.update_sq)
 
     def averages(self) -> Averages:
         return self.local._replace(update_sq=self.summed("update_sq"))
 
 
-class _Rows(_Matrix):
-    """Whole rows: the two reads of matrices.py."""
+class _Rows(_Piece):
+    """Whole rows of some columns, or, as a transpose, whole columns of some rows."""
 
     def first(self) -> None:
-        self.slot.add(**self.piece.statistics()._asdict())
+        super().first()
+        sums = self.sums
+        if self.members.transposed:
+            self.put(row_sq=sums.shared_sq, weighted_sq=sums.weighted_sq)
+        else:
+            self.put(row=sums.own_sum, col_sq=sums.shared_sq, weighted_sq=sums.weighted_sq)
 
     def averages(self) -> Averages:
-        return averages(Sums(*map(self.summed, Sums._fields)), self.x.col, self.table, self.rows)
+        own_sum = None if self.members.transposed else self.summed("row")
+        shared_sq = self.summed("row_sq" if self.members.transposed else "col_sq")
+        whole = Sums(self.sums.param_sq, self.sums.own, own_sum, shared_sq, self.summed("weighted_sq"))
+        return averages(self.members, whole, self.over)
 
 
-class _Columns(_Matrix):
-    """Whole columns: the same identity with rows and columns exchanged."""
-
-    def first(self) -> None:
-        sums = self.piece.plain_sums()
-        self.col = moving_average(self.x.col, sums.col_sq / self.rows, self.numbers)
-        self.slot.add(param_sq=sums.param_sq, row_sq=sums.row_sq, weighted_sq=self.piece.weighted_rows(self.col))
-
-    def averages(self) -> Averages:
-        row = moving_average(self.x.row, self.summed("row_sq") / self.columns, self.numbers)
-        row_mean = row.mean(-1)
-        self.x.row.copy_(row)
-        # The mean last: beside large rows, its ratio to one without gradient would overflow.
-        return Averages(row_mean, self.col, ((self.summed("weighted_sq") / row).sum(-1) * row_mean).sum())
-
-
-class _Grid(_Matrix):
+class _Grid(_Piece):
     """Neither: the row and column sums are added up first, and then what the update's RMS needs."""
 
     def first(self) -> None:
-        sums = self.piece.plain_sums()
+        p, g = (x[0].to(self.job.table.dtype) for x in (self.members.params, self.members.grads))
+        self.squared = g.square()
         *lead, rows, columns = self.slot.window
         self.lead, self.of_rows, self.of_columns = tuple(lead), (*lead, rows), (*lead, columns)
-        self.slot.add(param_sq=sums.param_sq)
-        self.slot.first["row_sq"][self.of_rows].copy_(sums.row_sq)
-        self.slot.first["col_sq"][self.of_columns].copy_(sums.col_sq)
+        self.slot.add(param_sq=p.square().sum())
+        self.slot.first["row_sq"][self.of_rows].copy_(self.squared.sum(-1))
+        self.slot.first["col_sq"][self.of_columns].copy_(self.squared.sum(-2))
 
     def second(self) -> None:
-        row_sq, col_sq = self.summed("row_sq")[self.of_rows], self.summed("col_sq")[self.of_columns]
-        row = moving_average(self.x.row, row_sq / self.columns, self.numbers)
-        self.col = moving_average(self.x.col, col_sq / self.rows, self.numbers)
-        self.x.row.copy_(row)
+        numbers, (*_, rows, columns) = Numbers.of(self.job.table), self.entry.param.shape
+        row_sq, col_sq = self.summed("row_sq")[0][self.of_rows], self.summed("col_sq")[0][self.of_columns]
+        self.row = moving_average(self.members.own[0], row_sq / columns, numbers)
+        self.col = moving_average(self.members.shared[0], col_sq / rows, numbers)
         if self.slot.counts:
-            self.slot.second["weighted_sq"][self.lead].copy_((self.piece.weighted_rows(self.col) / row).sum(-1))
+            weighted = (self.squared / self.col.unsqueeze(-2)).sum(-1) / self.row
+            self.slot.second["weighted_sq"][self.lead].copy_(weighted.sum(-1))
         if self.slot.owns_rows:
-            self.slot.second["row"][self.lead].copy_(row.sum(-1))
+            self.slot.second["row"][self.lead].copy_(self.row.sum(-1))
+        del self.squared
 
     def averages(self) -> Averages:
-        row_sum, weighted_sq = (self.slot.second[name].to(self.table.dtype) for name in ("row", "weighted_sq"))
-        row_mean = row_sum / self.rows
-        return Averages(row_mean[self.lead], self.col, (weighted_sq * row_mean).sum())
+        row_sum, weighted_sq = (self.slot.second[name].to(self.job.table.dtype) for name in ("row", "weighted_sq"))
+        mean = row_sum / self.entry.param.shape[-2]
+        update_sq = (weighted_sq * mean).sum()
+        return Averages(*(x.unsqueeze(0) for x in (update_sq, self.row, self.col, mean[self.lead])))
 
 
-class _Vector(_Piece):
-    def __init__(self, job: Job, slot: Slot) -> None:
-        super().__init__(job, slot)
-        state, p, g = job.entry.state, local(job.entry.param), self.grad
-        compiles = job.compiles and _can_compile_vector(p, g)
-        self.run, self.shape = _runner(job, compiles), vector_shape(p.numel()) if compiles else tuple(p.shape)
-        exp_avg = local(state["exp_avg"]) if job.entry.group["beta1"] is not None else None
-        views: list[Any] = [None if x is None else x.view(self.shape) for x in (p, g, local(state["exp_avg_sq"]), exp_avg)]
-        self.p, self.g, self.exp_avg_sq, self.exp_avg = views
-
-    def first(self) -> None:
-        sums = self.run(vectors.vector_sums, self.shape, self.p, self.g, self.exp_avg_sq, self.table)
-        self.slot.add(**sums._asdict())
-
-    def third(self) -> None:
-        self.sums = self.summed("param_sq"), self.summed("update_sq")
-        rest = *self.sums, self.table, self.numel
-        self.agree(lambda: vectors.vector_agreement(self.g, self.exp_avg_sq, self.exp_avg, *rest))
-
-    def finish(self) -> None:
-        pieces = self.p, self.g, self.exp_avg_sq, self.exp_avg
-        rest = self.table, self.job.draws, self.numel, self.share()
-        self.measured(self.run(vectors.apply_vector, self.shape, *pieces, *self.sums, *rest))
-
-
-def _can_compile_vector(p: Tensor, g: Tensor) -> bool:
-    return p.numel() > 1 and p.is_contiguous() and g.is_contiguous()
+def _members_of(job: Job, grad: Tensor, split: Split) -> Members:
+    """A piece as the only member of its class."""
+    entry, state = job.entry, {key: local(x) for key, x in job.entry.state.items() if isinstance(x, Tensor)}
+    table, momentum = job.table.unsqueeze(0), momentum_of(entry.param.dtype, entry.group)
+    whole = split is Split.VECTOR
+    members = Members(
+        [local(entry.param)],
+        [grad],
+        [state["exp_avg_sq" if whole else "exp_avg_sq_row"]],
+        [] if whole else [state["exp_avg_sq_col"]],
+        [],
+        [] if momentum is None else [state["exp_avg"]],
+        table,
+        Numbers.of(table),
+        None if job.draws is None else job.draws.unsqueeze(0),
+        is_cautious(momentum),
+    )
+    return members.transposes() if split is Split.COLUMNS else members
 
 
 KINDS: dict[Split, type[_Piece]] = {
-    Split.VECTOR: _Vector,
-    Split.SLICES: _Slices,
+    Split.VECTOR: _Whole,
+    Split.SLICES: _Whole,
     Split.ROWS: _Rows,
-    Split.COLUMNS: _Columns,
+    Split.COLUMNS: _Rows,
     Split.GRID: _Grid,
 }

@@ -32,6 +32,11 @@ class ShapeClass(NamedTuple):
     def numel(self) -> int:
         return math.prod(self.shape)
 
+    @property
+    def is_pointwise(self) -> bool:
+        """Whether rows and columns have one element, as of 1 x 1 kernels: both averages are the whole second moment."""
+        return self.factored and self.shape[-2:] == (1, 1)
+
 
 def shape_class_of(param: Tensor, grad: Tensor, group: Group, plain: bool = True) -> ShapeClass:
     return ShapeClass(

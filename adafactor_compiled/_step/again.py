@@ -25,7 +25,7 @@ from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.faults import note
 from adafactor_compiled._step.fused import makes_fakes
 from adafactor_compiled._step.plan import Plan, options_of
-from adafactor_compiled._step.ranges import UNNAMED, profiled, range_of_table
+from adafactor_compiled._step.ranges import range_of
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update.numbers import plain_numbers
 from adafactor_compiled._update.rounding import draws_of
@@ -127,7 +127,7 @@ class Again:
         try:
             for state in states:
                 state["step"] += 1
-            with range_of_table(table) if profiled() else UNNAMED:
+            with range_of(chosen[0].of, len(chosen), "fused"):
                 launched = Launched(table, Found(addresses, numbers, draws))
                 kept = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
         except BaseException as error:

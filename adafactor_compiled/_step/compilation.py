@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
-from adafactor_compiled._compile import passes
+from adafactor_compiled._compile import graphs
 from adafactor_compiled._compile.progress import progress
 from adafactor_compiled._compile.toolchain import cause_of, forbid_in_children, reason_not_to_compile
 from adafactor_compiled._fused.cpu.build import Unavailable
@@ -27,7 +27,7 @@ class Compilation:
 
     def __init__(self, failed: bool, fused: bool) -> None:
         self.failed, self.fused = failed, fused
-        self._ready: list[tuple[Plan, int]] = []  # what is known to have all its passes, and in which environment
+        self._ready: list[tuple[Plan, int]] = []  # what is known to have all its graphs, and in which environment
 
     def make_ready(self, entries: list[Entry], groups: Sequence[Group], show_progress: bool | None) -> None:
         """Compile all that steps of these entries need."""
@@ -66,17 +66,17 @@ class Compilation:
         """
         if torch.compiler.is_compiling():
             return True
-        if self.failed or not plan.passes:
+        if self.failed or not plan.calls:
             return not self.failed
         if (reason := reason_not_to_compile()) is not None:
             return self._give_up(groups, *reason)
         try:
-            environment = passes.environment()
+            environment = graphs.environment()
             if environment is None:  # the user has switched torch.compile off, or is in a mode that it does not know
                 return False
             if not any(of is plan and where == environment for of, where in self._ready):
                 forbid_in_children()
-                passes.make_ready(plan.passes, environment, show_progress)
+                graphs.make_ready((call.graph for call in plan.calls), environment, show_progress)
                 self._ready = [*self._ready[-7:], (plan, environment)]
         except Exception as error:  # whatever it is that keeps torch from compiling, there is another way to step
             return self._give_up(groups, *cause_of(error), error=error)

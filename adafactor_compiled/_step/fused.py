@@ -14,7 +14,7 @@ from adafactor_compiled._fused.table import Found
 from adafactor_compiled._sharded.members import localized
 from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._step.calls import Tables
+from adafactor_compiled._step.classes import Tables
 from adafactor_compiled._step.plan import Plan
 from adafactor_compiled._step.shared import sharing
 

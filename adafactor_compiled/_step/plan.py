@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from typing import Any, NamedTuple
 
 import torch
@@ -11,47 +11,40 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 from torch.nn import Parameter
 
-from adafactor_compiled._compile.examples import Pass
+from adafactor_compiled._compile.calls import Call, calls_of, view_of
 from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of, skips_by_itself
 from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
 from adafactor_compiled._sharded.members import localized, placed_of
-from adafactor_compiled._sharded.step import passes_of_shards
 from adafactor_compiled._state.entries import Entry, path_of
-from adafactor_compiled._state.layout import contiguous_stride, group_by_key, same_layout
+from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import State, check, complete, factored_dims, is_left_by_inference
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import address_of, check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._state.views import is_moved, with_dims_last
-from adafactor_compiled._step.calls import Call, calls_inline, calls_of
-from adafactor_compiled._step.routes import route_of
-from adafactor_compiled._update import padded
-from adafactor_compiled._update.chunks import SHORT
 
 STRIDED = torch.strided
 
 
 class Part(NamedTuple):
-    """Entries that are stepped without compiled calls, or apart from the others, and how."""
+    """A shape class, and what steps it where that can be done."""
 
     path: str  # "fused", "compiled", "multi_tensor", "reference" or "sharded"
-    shape_class: ShapeClass  # of its first member
+    shape_class: ShapeClass
     positions: list[int]
-    rooms: list[padded.Room]  # of short vectors on the multi-tensor path, made in the first of their steps
 
 
 class Plan(NamedTuple):
     made_for: list[Described]
-    parts: list[Part]  # shape classes
-    eager: list[Part]  # what is stepped eagerly, where the others are compiled
-    all_eager: list[Part]  # what is stepped eagerly, where nothing is compiled
-    calls: list[Call]
+    parts: list[Part]
     fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
     table: Table | None
-    sharded: list[int]  # the positions of DTensors that are not among them
+    calls: list[Call]  # of compiled graphs
+    uncompiled: list[Part]  # what no call steps, by the multi-tensor or the reference path
+    without_calls: list[Part]  # the same where nothing is compiled
+    sharded: list[int]  # the positions of DTensors that are not among the members of the table
     moved: list[int]  # of what is factored over other dimensions than its last two
-    passes: list[Pass]  # what calls run, and the sharded step on this rank
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
 
     @property
@@ -89,8 +82,8 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     for i in moved:
         path, of = classes[i]
         factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
-        if path != "sharded" and not all(x.is_contiguous() for x in factors) and (route_of(of) or kernels_of(of)):
-            classes[i] = path, of._replace(plain=False)  # calls take views of factors that lie as their parameter
+        if path in ("fused", "compiled") and not all(x.is_contiguous() for x in factors):
+            classes[i] = "multi_tensor", of  # others take factors that lie as their parameter
     inline = torch.compiler.is_compiling()
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
     launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
@@ -102,23 +95,18 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
             classes[i] = "fused", piece.of
             launched.append(i)
             members.append(piece)
-    parts = [Part(*key, positions, []) for key, positions in group_by_key(classes).items()]
-    routed = [(x.shape_class, x.positions) for x in parts if x.path == "compiled" and route_of(x.shape_class) is not None]
-    calls = (calls_inline if inline else calls_of)(routed)
-    unsharded = [i for i, (path, _) in enumerate(classes) if path != "sharded"]
-    apart_from_eager = {*launched, *(i for _, positions in routed for i in positions)}
+    called = [] if inline else [i for i, (path, of) in enumerate(classes) if path == "compiled" and view_of(of) is not None]
     sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
     return Plan(
         [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
-        parts,
-        _eager_parts(classes, [i for i in unsharded if i not in apart_from_eager]),
-        _eager_parts(classes, [i for i in unsharded if i not in launched]),
-        calls,
+        _parts_of(classes, range(len(entries))),
         launched,
         None if not members else _table_of(members, [entries[i] for i in launched]),
+        calls_of((x.shape_class, x.positions) for x in _parts_of(classes, called)),
+        _uncompiled(classes, {*launched, *called, *sharded}),
+        _uncompiled(classes, {*launched, *sharded}),
         sharded,
         moved,
-        [] if inline else _passes_of(calls, [seen[i] for i in sharded]),
         update_rms,
     )
 
@@ -152,10 +140,6 @@ def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
 def _is_unaligned(entry: Entry) -> bool:
     """Whether parameter or gradient begin at an address that is no multiple of 16, as views of flat buffers may."""
     return (entry.param.data_ptr() | entry.grad.data_ptr()) % 16 > 0
-
-
-def _passes_of(calls: list[Call], sharded: list[Entry]) -> list[Pass]:
-    return [*(key for call in calls for key in call.keys), *passes_of_shards(sharded)]
 
 
 class Described(NamedTuple):
@@ -259,25 +243,13 @@ def _class_of(entry: Entry) -> ShapeClass:
     return shape_class_of(param, grad, group, plain and (torch.compiler.is_compiling() or not param.is_neg()))
 
 
-def _eager_parts(classes: list[tuple[str, ShapeClass]], positions: list[int]) -> list[Part]:
-    """Classes; on a CPU parameters one by one, but short vectors of any lengths together."""
-    keys = [_eager_key(*classes[i]) for i in positions]
-    parts = []
-    for (path, _), chosen in group_by_key(keys).items():
-        parts.append(Part(path, classes[positions[chosen[0]]][1], [positions[j] for j in chosen], []))
-    return parts
+def _parts_of(classes: list[tuple[str, ShapeClass]], positions: Iterable[int]) -> list[Part]:
+    positions = list(positions)
+    by_class = group_by_key(classes[i] for i in positions)
+    return [Part(*key, [positions[j] for j in chosen]) for key, chosen in by_class.items()]
 
 
-def _eager_key(path: str, of: ShapeClass) -> tuple[str, ShapeClass]:
-    if path in ("fused", "compiled"):
-        path = "multi_tensor"
-    if not of.plain:
-        path = "reference"
-    return path, of._replace(shape=(-1,), stride=(1,), grad_stride=(1,)) if path == "multi_tensor" and is_padded(of) else of
-
-
-def is_padded(of: ShapeClass) -> bool:
-    """Whether these are short vectors, which eager operations step together."""
-    if of.factored or not 0 < of.numel <= SHORT or of.device.type != "cpu" or torch.compiler.is_compiling():
-        return False
-    return all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in (of.stride, of.grad_stride))
+def _uncompiled(classes: list[tuple[str, ShapeClass]], others: Collection[int]) -> list[Part]:
+    """All but the others: plain tensors by the multi-tensor path, unless they ask for the reference path."""
+    eager = [("reference" if path == "reference" or not of.plain else "multi_tensor", of) for path, of in classes]
+    return _parts_of(eager, (i for i in range(len(classes)) if i not in others))

@@ -15,7 +15,7 @@ ONE_BY_ONE = {"reference", "sharded"}
 def sharing(plan: Plan, entries: Sequence[Entry]) -> set[int]:
     """The positions of entries, launched ones aside, whose parameter has memory in common with another's."""
     spans, launched = [], set(plan.fused)
-    for path, of, positions, _ in plan.parts:
+    for path, of, positions in plan.parts:
         if path in ONE_BY_ONE or not of.plain or not of.numel or of.device.type == "meta":
             continue
         size = bytes_of(of.shape, of.stride, of.dtype)

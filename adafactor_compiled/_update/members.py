@@ -2,54 +2,74 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
+from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.moments import is_cautious
+from adafactor_compiled._state.shape_class import ShapeClass
+from adafactor_compiled._update.numbers import Numbers
+from adafactor_compiled._update.rounding import swapped
 
-class Member(NamedTuple):
-    """One parameter. What it has none of is None."""
+Tensors = list[Tensor] | tuple[Tensor, ...]
 
-    p: Tensor
-    g: Tensor
-    row: Any  # Tensor | None, as all that follow
-    col: Any
-    exp_avg_sq: Any
-    exp_avg: Any
-    ones: Any  # of a matrix in blocks, see `ones_for` in matrices.py
-    table: Any  # its `Numbers`, a vector
-    draws: Any  # for stochastic rounding, see rounding.py
-    cautious: bool = False
+IN_CACHE = 262_144  # on a CPU: elements that are stepped at once, so that one operation finds what another has left in cache
+PARTS_OF_HALF = 6  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and averages
 
 
 class Members(NamedTuple):
-    """k parameters: each field a list of k, empty where they have none."""
+    """k parameters of one shape, with gradients and state: each field a list of k, or empty."""
 
-    params: list[Tensor]
-    grads: list[Tensor]
-    rows: list[Tensor]
-    cols: list[Tensor]
-    exp_avg_sqs: list[Tensor]
-    exp_avgs: list[Tensor]
-    ones: list[Tensor]
+    params: Tensors
+    grads: Tensors
+    own: Tensors  # the averages of the rows, [..., R], or the whole second moment
+    shared: Tensors  # those of the columns, [..., C], which pieces with whole rows share; none of a whole second moment
+    twins: Tensors  # of kernels of one element, whose row and column are the whole second moment: the other one
+    exp_avgs: Tensors
     table: Tensor  # [k, len(Numbers)]
-    draws: Tensor | None  # [k, DRAWS]
-    cautious: bool = False  # see momentum.py
+    numbers: Numbers  # the same, each [k], or a Python number that all of them have
+    draws: Tensor | None  # for stochastic rounding, [k, DRAWS]
+    cautious: bool = False
+    transposed: bool = False  # whether these are transposes, and `own` the averages of the columns
 
     @classmethod
-    def of(cls, each: Iterable[Sequence[Any]], table: Tensor, draws: Tensor | None, cautious: bool) -> Members:
-        """From the first seven fields of each `Member`."""
-        lists = ([] if column[0] is None else list(column) for column in zip(*each, strict=True))
-        return cls(*lists, table, draws, cautious)  # type: ignore[call-arg, arg-type]
+    def of(cls, of: ShapeClass, entries: Sequence[Entry], table: Tensor, numbers: Numbers, draws: Tensor | None) -> Members:
+        """Entries of a class, as they lie."""
+        states = [x.state for x in entries]
+        own = [x["exp_avg_sq_row" if of.factored else "exp_avg_sq"] for x in states]
+        shared, twins = [x["exp_avg_sq_col"] for x in states] if of.factored else [], []
+        if of.is_pointwise:
+            own, shared, twins = [x.unsqueeze(-1) for x in shared], [], [x.unsqueeze(-1) for x in own]
+        params, grads = [x.param.detach() for x in entries], [x.grad.detach() for x in entries]
+        exp_avgs = [x["exp_avg"] for x in states] if of.momentum else []
+        return cls(params, grads, own, shared, twins, exp_avgs, table, numbers, draws, is_cautious(of.momentum))
 
-    def each(self) -> Iterator[Member]:
-        """One after the other."""
-        none = [None] * len(self.params)
-        lists = (x or none for x in self[2:7])
-        draws = none if self.draws is None else self.draws.unbind()
-        yield from map(Member, self.params, self.grads, *lists, self.table.unbind(), draws, [self.cautious] * len(none))
+    def transposes(self) -> Members:
+        """Matrices whose columns are their rows; these step alike."""
+        params, grads, exp_avgs = ([x.mT for x in of] for of in (self.params, self.grads, self.exp_avgs))
+        draws = None if self.draws is None else swapped(self.draws)
+        swapped_state: dict[str, Any] = {"own": self.shared, "shared": self.own, "exp_avgs": exp_avgs, "draws": draws}
+        return self._replace(params=params, grads=grads, **swapped_state, transposed=not self.transposed)
 
     def part(self, start: int, stop: int) -> Members:
         """Some of them."""
-        return Members(*(x[start:stop] if isinstance(x, (list, Tensor)) else x for x in self))  # type: ignore[arg-type]
+        some: dict[str, Any] = {name: getattr(self, name)[start:stop] for name in LISTS}
+        some["table"] = table = self.table[start:stop]
+        some["draws"] = None if self.draws is None else self.draws[start:stop]
+        return self._replace(numbers=Numbers.of(table) if isinstance(self.numbers.beta2, Tensor) else self.numbers, **some)
+
+    def parts(self) -> Iterator[Members]:
+        """As many at once as suit the device."""
+        k, numel = len(self.params), self.params[0].numel()
+        size = k if self.params[0].dtype == self.table.dtype else -(-k // PARTS_OF_HALF)
+        if torch.compiler.is_compiling():
+            size = 1
+        elif self.params[0].device.type == "cpu":
+            size = min(size, max(1, IN_CACHE // max(1, numel)))
+        return iter([self]) if size >= k else (self.part(start, start + size) for start in range(0, k, size))
+
+
+LISTS = Members._fields[:6]

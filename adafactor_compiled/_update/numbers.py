@@ -17,12 +17,11 @@ from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype, group_by_key
 from adafactor_compiled._state.options import Group
 
+LEAST_SHARE = 1e-3  # of elements that agree in sign, by which a cautious update is divided
+
 
 class Numbers(NamedTuple):
-    """What a pass reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones.
-
-    Eager steps of one parameter read Python numbers where nothing is a tensor.
-    """
+    """What a step reads: 0-dim tensors for one parameter, vectors of shape [k] for k stacked ones, or Python numbers."""
 
     lr: Any  # the learning rate before it is scaled by the parameter's RMS
     beta2: Any
@@ -46,7 +45,7 @@ class Numbers(NamedTuple):
 
     def unsqueeze(self, ndim: int) -> Numbers:
         """Give [k] vectors `ndim` trailing dimensions of size 1, to broadcast over k stacked tensors."""
-        return Numbers(*(x.reshape(x.shape + (1,) * ndim) for x in self))
+        return Numbers(*(x.reshape(x.shape + (1,) * ndim) if isinstance(x, Tensor) else x for x in self))
 
 
 def relative_lr(group: Group, step: Any) -> Any:
@@ -96,6 +95,12 @@ def plain_numbers(group: Group, step: Any) -> Numbers:
         skips_nonfinite=float(group["nonfinite"] == "skip"),
         one=1.0,
     )
+
+
+def numbers_of_entry(entry: Entry) -> Numbers:
+    """Its numbers at its step count."""
+    step = entry.state["step"]
+    return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
 
 
 def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._update.momentum import LEAST_SHARE
-from adafactor_compiled._update.numbers import one_minus_beta2_of, unscaled_lr
+from adafactor_compiled._update.numbers import LEAST_SHARE, one_minus_beta2_of, unscaled_lr
 from adafactor_compiled._update.rounding import noise_of_member, write
 
 

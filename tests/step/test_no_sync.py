@@ -61,7 +61,7 @@ def test_multi_tensor(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_compiled_passes(name: str) -> None:
+def test_compiled_calls(name: str) -> None:
     """What is compiled, operation by operation, and all that is around it."""
     params = make_params()
     optimizer = Adafactor(params, compile=True, **OPTIONS[name])

