@@ -78,8 +78,7 @@ class Adafactor(Optimizer):
         momentum_dtype: the dtype that the momentum is kept in, torch.bfloat16 for half of its memory; None for float32.
             The arithmetic stays float32, and `stochastic_rounding` rounds the momentum too.
         cautious: step only the elements whose momentum agrees with the gradient in sign, as much further as they are fewer
-            (Liang et al., https://arxiv.org/abs/2411.16085). Needs `beta1`. What takes several passes steps uncompiled:
-            DTensors, and on a CPU matrices above 4 million elements and kernels of convolutions.
+            (Liang et al., https://arxiv.org/abs/2411.16085). Needs `beta1`.
         weight_decay_scale: "lr" scales weight decay by the learning rate in use; "none" takes it as it is, as big_vision.
         show_progress: whether compilation shows a progress bar; None for "where standard error is a terminal".
 

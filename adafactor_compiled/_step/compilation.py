@@ -59,7 +59,7 @@ class Compilation:
         return self.fused
 
     def compiles(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
-        """Whether the calls of a plan run compiled, as passes or as part of an outer graph.
+        """Whether the calls of a plan run compiled, by themselves or as part of an outer graph.
 
         Raises:
             RuntimeError: a group has `compile=True`, and nothing can be compiled.

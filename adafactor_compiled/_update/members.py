@@ -17,7 +17,7 @@ from adafactor_compiled._update.rounding import swapped
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 IN_CACHE = 262_144  # on a CPU: elements that are stepped at once, so that one operation finds what another has left in cache
-PARTS_OF_HALF = 6  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and averages
+PARTS_OF_HALF = 8  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and averages
 
 
 class Members(NamedTuple):
