@@ -55,7 +55,7 @@ FEATURES = {
 CASES = [
     *((feature, {"compile": True}) for feature in FEATURES),
     *((feature, {"fused": True}) for feature in FEATURES),
-    *((feature, path) for feature in ("LambdaLR", "warmup_init") for path in ({"compile": False}, {"foreach": False})),
+    *((feature, {"foreach": False}) for feature in ("LambdaLR", "warmup_init")),
 ]
 
 
@@ -94,14 +94,14 @@ COSTS = {
 def test_what_recompiles(name):
     options, schedule, compiles = COSTS[name]
     options = {key: x.clone() if isinstance(x, torch.Tensor) else x for key, x in options.items()}
-    loop = Loop(seeded(Mixed), {**options, "compile": False}, schedule)
+    loop = Loop(seeded(Mixed), options, schedule)
     loop.run(12)
     assert loop.compiles == compiles
 
 
 def test_what_recompiles_under_the_default_backend():
     """It takes the value of a number for granted wherever the graph does not compute with it by operations on tensors."""
-    loop = Loop(seeded(Mixed), manual(capturable=False, compile=False), with_lambda, backend="inductor")
+    loop = Loop(seeded(Mixed), manual(capturable=False), with_lambda, backend="inductor")
     loop.run(6)
     assert loop.compiles == 2
 
@@ -156,7 +156,7 @@ def test_accumulation_over_two_compiled_calls():
     """A micro-batch that only adds to the gradients and one that also steps: a graph for each."""
     model = seeded(Transformer)
     reference_model = copy.deepcopy(model)
-    optimizer = Adafactor(model.parameters(), capturable=True, compile=False)
+    optimizer = Adafactor(model.parameters(), capturable=True)
     reference = Adafactor(reference_model.parameters(), foreach=False)
     counter = CompileCounterWithBackend("eager")
 
@@ -232,7 +232,7 @@ def test_eager_steps_after_compiled_ones():
 
 def test_compiled_autograd():
     model, reference_model = (seeded(Transformer) for _ in range(2))
-    optimizer = Adafactor(model.parameters(), capturable=True, compile=False)
+    optimizer = Adafactor(model.parameters(), capturable=True)
     reference = Adafactor(reference_model.parameters(), foreach=False)
     step, eager_step = training_step(model, optimizer), training_step(reference_model, reference)
     generator = torch.Generator().manual_seed(0)
@@ -329,7 +329,7 @@ def test_twelve_optimizers(outer, caplog):
 
 
 def test_load_state_dict_in_a_compiled_run():
-    loop = Loop(seeded(Mixed), manual(beta1=0.9, compile=False))
+    loop = Loop(seeded(Mixed), manual(beta1=0.9))
     loop.run(3, compare=False)
     saved = copy.deepcopy((loop.model.state_dict(), loop.optimizer.state_dict(), loop.generator.get_state()))
     with no_recompile():
@@ -343,7 +343,7 @@ def test_load_state_dict_in_a_compiled_run():
 
 
 def test_freeze_and_unfreeze():
-    loop = Loop(seeded(Mixed), {"compile": False})
+    loop = Loop(seeded(Mixed), {})
     loop.run(3)
     for frozen in (True, False):
         for model in (loop.model, loop.reference_model):
