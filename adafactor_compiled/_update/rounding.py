@@ -66,17 +66,6 @@ def draws_of_entries(entries: Sequence[Entry], origins: Sequence[Origin]) -> lis
     return draws
 
 
-def draws_from(draws: Tensor | None, first_slice: int, first_row: int) -> Tensor | None:
-    """The draws of a part that begins at this slice and row, if there are any."""
-    if draws is None:
-        return None
-    draws = draws.clone()
-    first = draws[FIRST]
-    first[0] += first_slice
-    first[1] += first_row
-    return draws
-
-
 def swapped(draws: Tensor) -> Tensor:
     """Those of the transposes, for draws of shape [k, 7]; a list of places would be sent to the device, and waited for."""
     columns = draws.unbind(1)
@@ -157,12 +146,6 @@ def noise_of(draws: Tensor, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
     slices = math.prod(shape[:-2])
     parts = (along(draws, axis, slices, count, dtype) for axis, count in ((1, rows), (2, columns)))
     return noise_between(*parts).reshape(tuple(shape))
-
-
-def noise_of_vectors(draws: Tensor, n: int, dtype: torch.dtype) -> Tensor:
-    """For k stacked vectors of n elements, with draws of shape [k, 7]; shape [k, n]."""
-    parts = (along(draws, axis, 1, count, dtype) for axis, count in ((1, 1), (2, n)))
-    return noise_between(*parts).reshape(-1, n)
 
 
 def noise_of_member(draws: Tensor | None, p: Tensor, exp_avg: Tensor | None, factored: bool) -> Tensor | None:
