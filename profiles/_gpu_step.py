@@ -28,12 +28,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.gpu import layout, steps
-from adafactor_compiled._fused.pieces import COLUMNS, ROWS
+from adafactor_compiled._fused.pieces import COLUMNS, ROWS, STATISTICS
 from adafactor_compiled._sharded.exchange import Exchange
 
 OF_MATRICES = ["matrix_statistics", "add_columns", "matrix_columns", "apply_matrix"]
-OF_MEMBERS = ["put", "column_means", "finish", "share"]  # of a few numbers
-KERNELS = [*OF_MATRICES, "vector_sums", "apply_vector", "slice_statistics", "apply_slices", *OF_MEMBERS]
+OF_MEMBERS = ["put", "column_means", "finish"]  # of a few numbers
+KERNELS = [*OF_MATRICES, "step_vectors", "step_slices", *OF_MEMBERS]
 NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh", "aten::alias"}
 
 
@@ -103,7 +103,8 @@ def moved(launched: Launched) -> float:
     of_sums = 16  # plain and weighted, of a column of a piece
     kept = 0 if constants.get("SPLIT") is None else 2 * a  # averages of pieces are read again, and written, when it is sure
     exchanges = constants.get("SPLIT") in (ROWS, COLUMNS)
-    total = float(launched.arguments[2].nbytes) if name == "add_columns" else 0.0
+    is_first = constants.get("CALL") == STATISTICS
+    total = float(launched.arguments[6].nbytes) if name == "add_columns" else 0.0
     for unit in units.tolist():
         rows, columns, blocks = unit[4], unit[5], unit[7]
         if name in OF_MATRICES:
@@ -115,11 +116,11 @@ def moved(launched: Launched) -> float:
                 "matrix_columns": (columns * of_sums if exchanges else sums) + 2 * columns * a,
                 "apply_matrix": n * (2 * p + g + m) + (rows + columns * blocks) * a + (rows + columns) * kept,
             }[name]
-        elif name in ("vector_sums", "apply_vector"):
-            total += rows * (p + g + a if name == "vector_sums" else 2 * p + g + m + (3 if constants["TWICE"] else 2) * a)
+        elif name == "step_vectors":
+            total += rows * (p + g + a if is_first else 2 * p + g + m + (3 if constants["TWICE"] else 2) * a)
         else:
             of_slice, state = constants["R"] * constants["C"], constants["R"] + constants["C"]
-            if name == "slice_statistics":
+            if is_first:
                 total += rows * (of_slice * (p + g) + 2 * state * a)
             else:
                 total += rows * (of_slice * (2 * p + g + m) + state * (a + kept // 2))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 
+from adafactor_compiled._fused.pieces import STATISTICS
+
 PROFILES = Path(__file__).resolve().parents[1] / "profiles"
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton, of a CUDA build of torch")
 
@@ -92,7 +94,8 @@ def test_all_are_built_ahead_and_keep_to_registers(
     builds = {kernel["name"]: kernel["build"] for kernel in step["of_kernels"]}
     assert max(build["stack"] for build in builds.values()) <= STACK
     for kernel in step["of_kernels"]:
-        if kernel["constants"].get("ALIGNED") and kernel["name"] != "vector_sums":
+        of_sums = kernel["name"] == "step_vectors" and kernel["constants"]["CALL"] == STATISTICS
+        if kernel["constants"].get("ALIGNED") and not of_sums:
             assert kernel["build"]["wide_loads"] > 0, kernel
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import time
 from array import array
 from collections.abc import Collection, Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -22,12 +22,10 @@ from adafactor_compiled._fused.cpu import launches as cpu
 from adafactor_compiled._fused.cpu import layout as cpu_layout
 from adafactor_compiled._fused.gpu import launches as gpu
 from adafactor_compiled._fused.gpu import layout as gpu_layout
+from adafactor_compiled._fused.pieces import ADDRESSES as ADDRESSES
 from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.shape_class import ShapeClass
 
-# Of a member: parameter, gradient, rows, columns, momentum, its RMS and that of its update, and a row of the numbers. What is
-# kept as a whole stands for rows and columns, and what stands for rows for a momentum where there is none.
-ADDRESSES = gpu.ADDRESSES
 Kernels = cpu_layout.Kernels | gpu_layout.Kernels
 
 
@@ -79,32 +77,31 @@ class Planned(NamedTuple):
 
     of: ShapeClass
     kernels: Kernels
-    cut: cpu_layout.Cut | None  # on a CPU
+    cut: Any  # into units of work, as those who launch these kernels know it
 
 
 def planned(of: ShapeClass, split: int | None = None) -> Planned:
     """Of a member that has kernels, see `kernels_of`."""
     kernels = kernels_of(of, split)
     assert kernels is not None
-    return Planned(of, kernels, cpu_layout.cut_of(of, split) if isinstance(kernels, cpu_layout.Kernels) else None)
+    return Planned(of, kernels, gpu_layout.cut_of(kernels, of) if isinstance(kernels, gpu_layout.Kernels) else cpu_layout.cut_of(of, split))
 
 
 def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:
     """The launches that step these members of one step; those `unaligned` begin at addresses that are no multiples of 16."""
-    on_cpu = [(i, (of, kernels, cut)) for i, (of, kernels, cut) in enumerate(members) if cut is not None]
-    on_gpu = [(i, (of, kernels)) for i, (of, kernels, _) in enumerate(members) if isinstance(kernels, gpu_layout.Kernels)]
+    on_cpu: dict[int, Any] = {}
+    on_gpu: dict[int, Any] = {}
+    for i, x in enumerate(members):
+        if isinstance(x.kernels, cpu_layout.Kernels):
+            on_cpu[i] = x
+        else:
+            on_gpu[i] = x._replace(kernels=x.kernels._replace(sixteens=False)) if i in unaligned else x
     launches: list[Launch] = []
-    if on_cpu:
-        launches += _moved(cpu.launches_of([x for _, x in on_cpu]), [i for i, _ in on_cpu])  # type: ignore[misc]
-    if on_gpu:
-        of_gpu = gpu.launches_of([x for _, x in on_gpu], {j for j, (i, _) in enumerate(on_gpu) if i in unaligned})
-        launches += _moved(of_gpu, [i for i, _ in on_gpu])
-    return launches
-
-
-def _moved(launches: Sequence[Launch], to: list[int]) -> Sequence[Launch]:
-    for launch in launches:
-        launch.positions = [to[i] for i in launch.positions]
+    for of_device, made in ((on_cpu, cpu.launches_of([*on_cpu.values()])), (on_gpu, gpu.launches_of([*on_gpu.values()]))):
+        positions = list(of_device)
+        for launch in made:
+            launch.positions = [positions[i] for i in launch.positions]
+            launches.append(launch)
     return launches
 
 

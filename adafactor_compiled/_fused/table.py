@@ -5,23 +5,40 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES, Launch
 from adafactor_compiled._fused.members import NUMBERS, G, Member
 from adafactor_compiled._fused.pieces import STEP, Piece
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._update.numbers import Numbers, to_device
+
+Kind = tuple[torch.device, torch.dtype]
 
 
-class Found(NamedTuple):
+@dataclass(slots=True)
+class Found:
     """What a step finds anew of the members of a table."""
 
     addresses: list[int]  # `ADDRESSES` of each
-    numbers: array[float] | Mapping[tuple[torch.device, torch.dtype], Tensor]  # rows, or those of devices and dtypes
+    numbers: array[float] | Mapping[Kind, Tensor]  # rows, or those of devices and dtypes
     draws: Mapping[int, Tensor]  # of members that are rounded stochastically
+    sent: dict[Kind, Tensor] = field(default_factory=dict)
+
+    def numbers_of(self, device: torch.device, dtype: torch.dtype) -> array[float] | Tensor:
+        """As kernels of a device take them; what is sent to one, all launches share."""
+        if not isinstance(self.numbers, array):
+            return self.numbers[device, dtype]
+        if not gpu_layout.is_gpu(device):
+            return self.numbers
+        if (device, dtype) not in self.sent:
+            rows = torch.tensor(self.numbers, dtype=dtype, device="cpu").view(-1, len(Numbers._fields))
+            self.sent[device, dtype] = to_device(rows, device)
+        return self.sent[device, dtype]
 
 
 class Table:
@@ -122,11 +139,10 @@ class Table:
         return skipped
 
     def _run(self, launch: Launch, table: array[int], found: Found, call: int) -> array[int] | None:
-        of, positions, numbers = launch.kernels, launch.positions, found.numbers
+        of, positions = launch.kernels, launch.positions
         addresses = table if self._in_order else _chosen(table, positions)
-        key = launch.shape_class.device, compute_dtype(of.dtype)
         draws = torch.stack([found.draws[i] for i in positions]) if of.rounding else None
-        return launch.run(addresses, numbers if isinstance(numbers, array) else numbers[key], draws, call)
+        return launch.run(addresses, found.numbers_of(launch.shape_class.device, compute_dtype(of.dtype)), draws, call)
 
 
 def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:

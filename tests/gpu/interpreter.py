@@ -72,7 +72,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
 
     from adafactor_compiled._fused.gpu import steps
 
-    memory, torch_empty = Memory(), torch.empty
+    memory, empty = Memory(), launches._empty
 
     def checked(access: Any, mask_at: int) -> Any:
         def call(self: Any, pointers: Any, *arguments: Any) -> Any:
@@ -85,7 +85,7 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
         def call(*arguments: Any, **options: Any) -> Any:
             result = function(*arguments, **options)
             memory.add(result)
-            if function is torch_empty:
+            if function is empty:
                 result.fill_(torch.nan)  # as it may be: what is read before it is written shows
             return result
 
@@ -100,11 +100,10 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
         return conflicts_of(table, addresses, grads)
 
     def step(run: Any) -> Any:
-        def call(ready: Any, numbers: Tensor, draws: Tensor | None) -> None:
-            memory.add(*ready.tables, ready.pointers, numbers, *([] if draws is None else [draws]))
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "empty", allowed(torch_empty))
-                run(ready, numbers, draws)
+        def call(of: Any, call: int, tables: Any, pointers: Tensor, aligned: bool, *rest: Any) -> None:
+            numbers, draws, _ = rest
+            memory.add(*tables, pointers, numbers, *([] if draws is None else [draws]))
+            run(of, call, tables, pointers, aligned, *rest)
 
         return call
 
@@ -112,7 +111,8 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
     monkeypatch.setattr(Table, "conflicts", conflicts)
     monkeypatch.setattr(launches, "_zeros", allowed(launches._zeros))
-    monkeypatch.setattr(steps, "STEPS", {kind: step(run) for kind, run in steps.STEPS.items()})
+    monkeypatch.setattr(launches, "_empty", allowed(empty))
+    monkeypatch.setattr(steps, "step", step(steps.step))
     return memory
 
 

@@ -107,7 +107,7 @@ COVERED = [
 def test_few_rows_are_many_blocks_where_they_are_wide(stride: tuple[int, int]) -> None:
     (launch,) = launches_of(class_of(16, 131_072, stride=stride))
     assert launch.kernels.swapped
-    assert len(launch.tables.jobs) == 32
+    assert len(launch.layout.tables.jobs) == 32
 
 
 @pytest.mark.parametrize("shape", COVERED, ids=str)
@@ -115,25 +115,25 @@ def test_tables_cover_each_member_once(monkeypatch: pytest.MonkeyPatch, shape: t
     """Blocks of rows of all units are the whole parameter; sums and partial sums have places of their own."""
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 2**40)
     (launch,) = launches_of(*[class_of(*shape)] * 3)
-    units, members = launch.tables.units.tolist(), launch.tables.members.tolist()
+    units, members = launch.layout.tables.units.tolist(), launch.layout.tables.members.tolist()
     assert len(members) == len(launch.positions)
-    counts = torch.bincount(launch.tables.jobs, minlength=len(units)).tolist()
+    counts = torch.bincount(launch.layout.tables.jobs, minlength=len(units)).tolist()
     taken: list[tuple[int, int]] = []
     for unit, jobs in zip(units, counts, strict=True):
         rows, per, blocks = unit[4], unit[6], unit[7]
         assert jobs == blocks
         assert (blocks - 1) * per < rows <= blocks * per
-        assert launch.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
+        assert launch.layout.tables.jobs[unit[8] : unit[8] + blocks].unique().numel() == 1
     for _, result, param_sq, param_count, update_sq, update_count, *_ in members:
         taken += [(result, 3), (param_sq, param_count), (update_sq, update_count)]
     if launch.kernels.kind == MATRICES:
         taken += [(unit[11], unit[7]) for unit in units] + [(unit[12], 1) for unit in units]
         partial = sorted((unit[10], 2 * unit[5] * unit[7]) for unit in units)
         assert all(start + count <= following for (start, count), (following, _) in itertools.pairwise(partial))
-        assert sum(partial[-1]) == launch.partial
+        assert sum(partial[-1]) == launch.layout.partial
     taken.sort()
     assert all(start + count <= following for (start, count), (following, _) in itertools.pairwise(taken))
-    assert sum(taken[-1]) == launch.sums
+    assert sum(taken[-1]) == launch.layout.sums
 
 
 def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
@@ -142,7 +142,7 @@ def test_sums_of_blocks_take_a_share_of_the_parameters() -> None:
     made = launches_of(*[of] * 40)
     assert sorted(i for launch in made for i in launch.positions) == list(range(40))
     most = 40 * of.numel * 4 // 32
-    assert max(launch.partial for launch in made) * 4 <= most
+    assert max(launch.layout.partial for launch in made) * 4 <= most
     assert len(made) <= 5
 
 

@@ -3,7 +3,8 @@
 A kernel finds its work in tables (tables.py): which member or unit a block of threads is for, where its tensors lie, and its
 `Numbers`. A unit is a slice of a matrix, or all of another member. Sums are taken in a fixed order, without atomics: replicas
 and repeated runs get the same bits. P, G and M are the types of parameter, gradient and momentum (None for no momentum), A that
-of the arithmetic and the state.
+of the arithmetic and the state, N that which noise is drawn for (None for none). SPLIT says what ranks split, and is None for
+whole parameters. All kernels of units take the same tensors, needed or not.
 """
 
 from __future__ import annotations
@@ -18,6 +19,14 @@ LEAST_SHARE = tl.constexpr(numbers.LEAST_SHARE)
 TOTAL = tl.constexpr(256)  # how many numbers are added at once
 GOLDEN = tl.constexpr(rounding.GOLDEN)
 FIRST_MULTIPLIER, SECOND_MULTIPLIER = map(tl.constexpr, rounding.MULTIPLIERS)
+
+
+@triton.jit
+def work_of(jobs, units, first: tl.constexpr):
+    """What a block of threads is for: a unit, its member, and which of the unit's blocks or chunks."""
+    job = tl.program_id(0)
+    of = units + tl.load(jobs + job) * t.UNIT
+    return of, tl.load(of + t.OF), job - tl.load(of + first)
 
 
 @triton.jit
@@ -39,19 +48,20 @@ def size_of(table, i, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def number_of(numbers, pointers, m, i: tl.constexpr):
-    return tl.load(numbers + tl.load(pointers + m * t.POINTERS + t.NUMBERS_AT) * t.NUMBERS + i)
+def numbers_of(numbers, pointers, m):
+    """Where those of a member lie."""
+    return numbers + tl.load(pointers + m * t.POINTERS + t.NUMBERS_AT) * t.NUMBERS
 
 
 @triton.jit
-def decay_rates(numbers, pointers, m):
+def decay_rates(numbers):
     """What a moving average takes."""
-    rest, eps = number_of(numbers, pointers, m, t.ONE_MINUS_BETA2), number_of(numbers, pointers, m, t.EPS)
-    return number_of(numbers, pointers, m, t.BETA2), rest, eps
+    return tl.load(numbers + t.BETA2), tl.load(numbers + t.ONE_MINUS_BETA2), tl.load(numbers + t.EPS)
 
 
 @triton.jit
-def moving_average(average, mean_sq, beta2, rest, eps):
+def moving_average(average, mean_sq, rates):
+    beta2, rest, eps = rates
     return average * beta2 + (mean_sq + eps) * rest
 
 
@@ -71,66 +81,62 @@ def total(x, count):
 
 
 @triton.jit
-def copy(to, x, first, end):
-    for start in range(first, end, TOTAL):
-        at = start + tl.arange(0, TOTAL)
-        tl.store(to + at, tl.load(x + at, at < end, 0.0), at < end)
-
-
-@triton.jit
 def measure(param_sq, update_sq, numel, numbers, pointers, m, A: tl.constexpr, COUNT: tl.constexpr):
     """Writes both RMS, but where elements are only counted; gives what the update is multiplied by, and what share of the
     parameter decays, in float64.
     """
-    n = numel.to(tl.float64)
-    rms, update_rms = tl.sqrt(param_sq / n), tl.sqrt(update_sq / n)
+    rms, update_rms = tl.sqrt(param_sq / numel), tl.sqrt(update_sq / numel)
     if not COUNT:
         tl.store(pointer_to(pointers, m, t.RMS_AT, A, False), rms.to(A))
         tl.store(pointer_to(pointers, m, t.UPDATE_RMS_AT, A, False), update_rms.to(A))
-    least = number_of(numbers, pointers, m, t.MIN_SCALE).to(tl.float64)
-    scale = tl.where(
-        number_of(numbers, pointers, m, t.SCALE_PARAMETER) > 0, tl.maximum(rms, least, propagate_nan=tl.PropagateNan.ALL), 1.0
-    )
-    alpha = number_of(numbers, pointers, m, t.LR).to(tl.float64) * scale
-    threshold = number_of(numbers, pointers, m, t.CLIP).to(tl.float64)
+    least = tl.load(numbers + t.MIN_SCALE).to(tl.float64)
+    scale = tl.maximum(rms, least, propagate_nan=tl.PropagateNan.ALL)
+    alpha = tl.load(numbers + t.LR).to(tl.float64) * tl.where(tl.load(numbers + t.SCALE_PARAMETER) > 0, scale, 1.0)
+    threshold = tl.load(numbers + t.CLIP).to(tl.float64)
     divisor = tl.maximum(update_rms / threshold, 1.0, propagate_nan=tl.PropagateNan.ALL)
     divisor = tl.where(threshold == float("inf"), 1.0, divisor)
-    decay = number_of(numbers, pointers, m, t.WEIGHT_DECAY).to(tl.float64)
-    decay *= tl.where(number_of(numbers, pointers, m, t.DECAY_BY_LR) > 0, alpha, 1.0)
-    return number_of(numbers, pointers, m, t.SIGN).to(tl.float64) * alpha / divisor, decay
+    decay = tl.load(numbers + t.WEIGHT_DECAY).to(tl.float64) * tl.where(tl.load(numbers + t.DECAY_BY_LR) > 0, alpha, 1.0)
+    return tl.load(numbers + t.SIGN).to(tl.float64) * alpha / divisor, decay
 
 
 @triton.jit
-def put(members, sums, SPLIT: tl.constexpr, COUNT: tl.constexpr):
+def put(members, sums, SPLIT: tl.constexpr, CALL: tl.constexpr):
     """Puts of each piece where ranks add it up: what it has summed but for rows and columns, or how many elements agree."""
     of = members + tl.program_id(0) * t.MEMBER
-    first = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
-    if COUNT:
-        tl.store(sums_at(of, t.AGREE_AT), first)
+    first, count = sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT)
+    if CALL == t.COUNT:
+        tl.store(sums_at(of, t.AGREE_AT), total(first + count, count))
     else:
-        tl.store(sums_at(of, t.SUMS_AT), first)
+        tl.store(sums_at(of, t.SUMS_AT), total(first, count))
         if SPLIT == t.NEITHER:
             update_sq = total(sums + tl.load(of + t.UPDATE_SQ), tl.load(of + t.UPDATE_SQ_COUNT))
             tl.store(sums_at(of, t.SUMS_AT) + t.SUMMED_UPDATE_SQ, update_sq)
 
 
 @triton.jit
-def finish(members, pointers, numbers, sums, A: tl.constexpr, SPLIT: tl.constexpr, COUNT: tl.constexpr):
-    """Of each member, from its sums or those of all ranks, both RMS, the scale of its update and its decay."""
+def finish(
+    members, pointers, numbers, sums,
+    A: tl.constexpr, SPLIT: tl.constexpr, CAUTIOUS: tl.constexpr, CALL: tl.constexpr,
+):  # fmt: skip
+    """Of each member, from its sums or those of all ranks, both RMS, the scale of its update and its decay; where elements have
+    been counted, also what share of them agrees in sign with their gradient.
+    """
     m = tl.program_id(0)
     of = members + m * t.MEMBER
-    if SPLIT is None:
-        param_sq = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
-    else:
-        param_sq = tl.load(sums_at(of, t.SUMS_AT))
+    first, count = sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT)
+    param_sq = total(first, count) if SPLIT is None else tl.load(sums_at(of, t.SUMS_AT))
     if SPLIT == t.NEITHER:
         update_sq = tl.load(sums_at(of, t.SUMS_AT) + t.SUMMED_UPDATE_SQ)
     else:
         update_sq = total(sums + tl.load(of + t.UPDATE_SQ), tl.load(of + t.UPDATE_SQ_COUNT))
-    scale, decay = measure(param_sq, update_sq, tl.load(of + t.NUMEL), numbers, pointers, m, A, COUNT)
-    result = sums + tl.load(of + t.RESULT)
+    numel, result = tl.load(of + t.NUMEL).to(tl.float64), sums + tl.load(of + t.RESULT)
+    own_numbers = numbers_of(numbers, pointers, m)
+    scale, decay = measure(param_sq, update_sq, numel, own_numbers, pointers, m, A, CALL == t.COUNT)
     tl.store(result, scale)
     tl.store(result + 1, decay)
+    if CAUTIOUS and CALL != t.COUNT:
+        agreeing = total(first + count, count) if SPLIT is None else tl.load(sums_at(of, t.AGREE_AT))
+        tl.store(result + 2, tl.maximum(agreeing / numel, LEAST_SHARE))
 
 
 # Stochastic rounding, as in rounding.py.
@@ -160,12 +166,15 @@ def _along(draws, axis: tl.constexpr, places, slices, D: tl.constexpr):
 
 
 @triton.jit
-def noise_at(draws, m, slices, rows, columns, D: tl.constexpr):
+def noise_at(draws, m, slices, rows, columns, N: tl.constexpr):
     """Of elements, by their places; what has a smaller shape is broadcast."""
-    of = draws + m * t.DRAWS
-    row_scale, row_shift = _along(of, 1, rows, slices, D)
-    column_scale, column_shift = _along(of, 2, columns, slices, D)
-    return row_scale * column_scale + (row_shift + column_shift)
+    noise = 0.0
+    if N is not None:
+        of = draws + m * t.DRAWS
+        row_scale, row_shift = _along(of, 1, rows, slices, N)
+        column_scale, column_shift = _along(of, 2, columns, slices, N)
+        noise = row_scale * column_scale + (row_shift + column_shift)
+    return noise
 
 
 @triton.jit
@@ -182,8 +191,8 @@ def _rounded(x, noise, D: tl.constexpr):
 
 
 @triton.jit
-def write(to, value, mask, noise, D: tl.constexpr, ROUNDING: tl.constexpr):
-    if ROUNDING and (tl.bfloat16 == D or tl.float16 == D):
+def _write(to, value, mask, noise, D: tl.constexpr, N: tl.constexpr):
+    if N is not None and (tl.bfloat16 == D or tl.float16 == D):
         value = _rounded(value.to(tl.float32), noise, D)
     tl.store(to, value.to(D), mask)
 
@@ -192,33 +201,29 @@ def write(to, value, mask, noise, D: tl.constexpr, ROUNDING: tl.constexpr):
 
 
 @triton.jit
-def with_momentum(
-    exp_avg, update, mask, noise, numbers, pointers, m, M: tl.constexpr, ROUNDING: tl.constexpr, COUNT: tl.constexpr
+def directed(
+    update, x, exp_avg, mask, noise, numbers, M: tl.constexpr, N: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr
 ):
-    """The new momentum; written, but where elements are only counted."""
-    before = tl.load(exp_avg, mask, 0.0).to(update.dtype)
-    share = number_of(numbers, pointers, m, t.ONE_MINUS_BETA1)
-    new = before * number_of(numbers, pointers, m, t.BETA1) + update * share
-    if not COUNT:
-        write(exp_avg, new, mask, noise, M, ROUNDING)
-    return new
-
-
-@triton.jit
-def agreement_of(update, x, sign):
-    return (((update > 0) & (x * sign > 0)) | ((update < 0) & (x * sign < 0))).to(update.dtype)
-
-
-@triton.jit
-def share(members, sums, SPLIT: tl.constexpr):
-    """Of each member, the share of its elements that agree in sign with their gradient: its third result.
-
-    How many agree stands where the squares of the parameter stood, or where ranks have added it up.
+    """The update, or the new momentum, which is written, but where elements are only counted; and which elements of it agree in
+    sign with their gradient, where it is cautious.
     """
-    of = members + tl.program_id(0) * t.MEMBER
-    if SPLIT is None:
-        count = total(sums + tl.load(of + t.PARAM_SQ), tl.load(of + t.PARAM_SQ_COUNT))
-    else:
-        count = tl.load(sums_at(of, t.AGREE_AT))
-    least = tl.maximum(count / tl.load(of + t.NUMEL).to(tl.float64), LEAST_SHARE)
-    tl.store(sums + tl.load(of + t.RESULT) + 2, least)
+    if M is not None:
+        share = tl.load(numbers + t.ONE_MINUS_BETA1)
+        update = tl.load(exp_avg, mask, 0.0).to(update.dtype) * tl.load(numbers + t.BETA1) + update * share
+        if not COUNT:
+            _write(exp_avg, update, mask, noise, M, N)
+    agree = update
+    if CAUTIOUS:
+        sign = tl.load(numbers + t.SIGN)
+        agree = (((update > 0) & (x * sign > 0)) | ((update < 0) & (x * sign < 0))).to(update.dtype)
+    return update, agree
+
+
+@triton.jit
+def write_stepped(
+    p, y, update, agree, share, decay, mask, noise, P: tl.constexpr, N: tl.constexpr, CAUTIOUS: tl.constexpr
+):  # fmt: skip
+    """Writes elements y with their update, scaled by the share of those that agree."""
+    if CAUTIOUS:
+        update *= agree / share
+    _write(p, y - (y * decay + update), mask, noise, P, N)

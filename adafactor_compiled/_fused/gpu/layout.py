@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from adafactor_compiled._fused.pieces import COLUMNS, ROWS, Piece
 from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
-from adafactor_compiled._state.moments import Momentum
+from adafactor_compiled._state.moments import Momentum, is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
 
 MATRICES, VECTORS, SHORT, SLICES = "matrices", "vectors", "short vectors", "slices"
@@ -49,6 +50,20 @@ class Kernels(NamedTuple):
         return self.kind == MATRICES and bool(self.shape[-1])
 
 
+class Cut(NamedTuple):
+    """A member in blocks of rows, of some units; a slice of a few elements, and an element of a vector, is a row."""
+
+    of: ShapeClass
+    units: int
+    rows: int  # of a unit
+    columns: int
+    per: int  # rows of a block
+    blocks: int  # of a unit
+    chunks: int  # of a unit, whose part of the sum of squares of the update is known apart
+    averages: tuple[int, int]  # of rows and columns of a unit, but for vectors, which write theirs with their elements
+    partial: int  # sums of columns, plain and weighted, in all blocks of a unit
+
+
 class Tables(NamedTuple):
     """What kernels are told of shapes; the columns of the last two are named in tables.py."""
 
@@ -56,6 +71,14 @@ class Tables(NamedTuple):
     column_jobs: Tensor
     units: Tensor  # int64
     members: Tensor  # int64
+
+
+class Room(NamedTuple):
+    """What kernels leave for those that follow."""
+
+    partial: Tensor | None  # sums of the columns of blocks
+    kept: Tensor | None  # new averages of pieces, which are written when the step is sure
+    sums: Tensor  # float64
 
 
 def is_gpu(device: torch.device) -> bool:
@@ -120,101 +143,75 @@ def power(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+def cut_of(kernels: Kernels, of: ShapeClass) -> Cut:
+    """Of a member that these kernels step."""
+    kind, shape = kernels.kind, kernels.shape
+    if kind == MATRICES:
+        units, rows, columns = _as_matrix(of)
+        rows, columns = (columns, rows) if kernels.swapped else (rows, columns)
+        most = max(LEAST_ROWS, BLOCK_BYTES // kernels.grad_dtype.itemsize // columns, -(-rows // MOST_BLOCKS))
+        per = -(-min(most, max(rows, 1)) // shape[0]) * shape[0]
+        blocks = max(-(-rows // per), 1)  # also of no rows, where a piece has none: there are columns to be finished
+        chunks = -(-columns // TILE_OF_COLUMNS[1])
+        return Cut(of, units, rows, columns, per, blocks, chunks, (rows, columns), 2 * columns * blocks)
+    if kind == SLICES:
+        rows, per, averages = _as_matrix(of)[0], slices_of_a_block(*shape[:2]), shape[:2]
+    else:
+        rows, per, averages = of.numel, shape[0], (0, 0)
+    blocks = -(-rows // per)
+    return Cut(of, 1, rows, 1, per, blocks, blocks, (rows * averages[0], rows * averages[1]), 0)
+
+
+class Places:
+    """Places one behind the other."""
+
+    def __init__(self) -> None:
+        self.end = 0
+
+    def take(self, count: int, multiple: int = 1) -> int:
+        """The first of so many; what is taken is a multiple."""
+        self.end += -(-count // multiple) * multiple
+        return self.end - -(-count // multiple) * multiple
+
+
 class Layout:
-    """Lays out the tables of members that are stepped together."""
+    """Members that are stepped together, pieces or not: tables, and how many elements of each kind of room they take.
 
-    def __init__(self, kernels: Kernels) -> None:
-        self.kernels = kernels
-        self.units: list[list[int]] = []
-        self.members: list[list[int]] = []
-        self.blocks: list[int] = []  # of each unit
-        self.chunks: list[int] = []
-        self.jobs = self.column_jobs = self.partial = self.sums = self.kept = 0
+    Pieces need not know yet where ranks add up their sums.
+    """
 
-    def partial_of(self, of: ShapeClass) -> int:
-        if self.kernels.kind != MATRICES:
-            return 0
-        slices, rows, columns = self._matrix_of(of)
-        return 2 * columns * slices * self._blocks(rows, self._rows_of_a_block(rows, columns))
-
-    def _blocks(self, rows: int, per: int) -> int:
-        """One of no rows, where a piece has none: there are columns to be finished."""
-        return max(-(-rows // per), int(self.kernels.kind == MATRICES))
-
-    def _matrix_of(self, of: ShapeClass) -> tuple[int, int, int]:
-        slices, rows, columns = _as_matrix(of)
-        return (slices, columns, rows) if self.kernels.swapped else (slices, rows, columns)
-
-    def _rows_of_a_block(self, rows: int, columns: int) -> int:
-        tile_rows = self.kernels.shape[0]
-        most = max(LEAST_ROWS, BLOCK_BYTES // self.kernels.grad_dtype.itemsize // columns, -(-rows // MOST_BLOCKS))
-        return -(-min(most, max(rows, 1)) // tile_rows) * tile_rows
-
-    def _taken(self, count: int) -> int:
-        self.sums += count
-        return self.sums - count
-
-    def _placed(self, count: int) -> int:
-        """In what is kept, a place that 128 bits can be read from."""
-        self.kept += -(-count // 16) * 16
-        return self.kept - -(-count // 16) * 16
-
-    def add(self, of: ShapeClass, piece: Piece | None = None) -> None:
-        """Give places to a member; one that is a piece need not know yet where ranks add up its sums."""
-        m, kernels, kind, shape = len(self.members), self.kernels, self.kernels.kind, self.kernels.shape
-        slices, rows, columns = (1, of.numel, 1) if kind in (VECTORS, SHORT) else self._matrix_of(of)
-        if kind == MATRICES:
-            per, units = self._rows_of_a_block(rows, columns), slices
-            chunks = -(-columns // TILE_OF_COLUMNS[1])
-        elif kind == SLICES:
-            per, units, rows = slices_of_a_block(*shape[:2]), 1, slices
-            chunks = -(-rows // per)
-        else:
-            per, units = shape[0], 1
-            chunks = -(-rows // per)
-        blocks = self._blocks(rows, per)
-        param_sq, update_sq, result = self._taken(units * blocks), self._taken(units * chunks), self._taken(3)
-        numel, exchanged = (of.numel, (0, 0)) if piece is None else (piece.numel, (piece.sums, piece.agree))
-        self.members.append([numel, result, param_sq, units * blocks, update_sq, units * chunks, *exchanged])
-        for s in range(units):
-            places = s * rows * columns, s * rows, s * columns, rows, columns, per, blocks
-            sums = param_sq + s * blocks, update_sq + s * chunks, s
-            if kind == MATRICES:
+    def __init__(self, kernels: Kernels, cuts: Sequence[Cut], pieces: Sequence[Piece | None]) -> None:
+        jobs, column_jobs, partial, kept, sums = (Places() for _ in range(5))
+        is_matrix, cautious = kernels.kind == MATRICES, is_cautious(kernels.momentum)
+        members, units = [], []
+        for m, (cut, piece) in enumerate(zip(cuts, pieces, strict=True)):
+            _, count, rows, columns, per, blocks, chunks, averages, of_columns = cut
+            all_blocks, all_chunks = count * blocks, count * chunks
+            param_sq, update_sq, result = sums.take(all_blocks * (1 + cautious)), sums.take(all_chunks), sums.take(3)
+            numel, exchanged = (cut.of.numel, (0, 0)) if piece is None else (piece.numel, (piece.sums, piece.agree))
+            members.append([numel, result, param_sq, all_blocks, update_sq, all_chunks, *exchanged])
+            for s in range(count):
+                unit = [m, s * rows * columns, s * rows, s * columns, rows, columns, per, blocks, jobs.take(blocks)]
                 row_sums = max(blocks, chunks) if kernels.split == COLUMNS else blocks
-                of_sums = self.jobs, self.column_jobs, self.partial, self._taken(row_sums), self._taken(1)
-                unit = [m, *places, *of_sums, *sums, *_exchanged(piece, slices, s, rows, columns)]
-            else:
-                inner, of_p, of_g = _strides_of_slices(of) if kind == SLICES else (1, [0] * 4, [0] * 4)
-                unit = [m, inner, *places[1:], self.jobs, *of_p, *sums, *of_g]
-            kept = (0, 0) if kernels.split is None else _averages(kernels, rows, columns)
-            self.units.append([*unit, *map(self._placed, kept)])
-            self.blocks.append(blocks)
-            self.chunks.append(chunks if kind == MATRICES else 0)
-            self.jobs += blocks
-            self.column_jobs += self.chunks[-1]
-            self.partial += 2 * columns * blocks if kind == MATRICES else 0
-
-    def tables(self) -> Tables:
-        def jobs(counts: list[int]) -> Tensor:
-            every = torch.arange(len(counts), dtype=torch.int32, device="cpu")
-            return every.repeat_interleave(torch.tensor(counts, device="cpu"))
-
-        def table(rows: list[list[int]]) -> Tensor:
-            return torch.tensor(rows, dtype=torch.int64, device="cpu")
-
-        return Tables(jobs(self.blocks), jobs(self.chunks), table(self.units), table(self.members))
+                unit += [column_jobs.take(chunks * is_matrix), partial.take(of_columns)]
+                unit += [sums.take(row_sums * is_matrix), sums.take(1 * is_matrix)]
+                first = param_sq + s * blocks
+                unit += [first, update_sq + s * chunks, s, *_exchanged(piece, count, s, rows, columns)]
+                unit += [kept.take(0 if kernels.split is None else n, 16) for n in averages]  # 128 bits can be read there
+                unit.append(first + all_blocks)
+                if kernels.kind == SLICES:
+                    unit[1], unit[9:13], unit[16:20] = _strides_of_slices(cut.of)
+                units.append(unit)
+        every = torch.arange(len(units), dtype=torch.int32, device="cpu")
+        counts = [(cuts[unit[0]].blocks, cuts[unit[0]].chunks * is_matrix) for unit in units]
+        of_jobs = (every.repeat_interleave(torch.tensor(x, device="cpu")) for x in zip(*counts, strict=True))
+        self.tables = Tables(*of_jobs, *(torch.tensor(x, dtype=torch.int64, device="cpu") for x in (units, members)))
+        self.partial, self.kept, self.sums = partial.end, kept.end, sums.end
 
 
 def _as_matrix(of: ShapeClass) -> tuple[int, int, int]:
     *lead, rows, columns = of.shape
     return math.prod(lead), rows, columns
-
-
-def _averages(kernels: Kernels, rows: int, columns: int) -> tuple[int, int]:
-    """How many averages of rows and of columns a unit has, but for vectors, which write theirs with their elements."""
-    if kernels.kind == SLICES:
-        return rows * kernels.shape[0], rows * kernels.shape[1]
-    return (rows, columns) if kernels.kind == MATRICES else (0, 0)
 
 
 def _exchanged(piece: Piece | None, slices: int, s: int, rows: int, columns: int) -> tuple[int, int, int, int]:

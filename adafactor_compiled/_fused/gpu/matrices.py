@@ -18,19 +18,18 @@ import triton.language as tl
 from adafactor_compiled._fused.gpu import tables as t
 from adafactor_compiled._fused.gpu.common import (
     TOTAL,
-    agreement_of,
-    copy,
     decay_rates,
+    directed,
     moving_average,
     new_averages,
     noise_at,
-    number_of,
+    numbers_of,
     pointer_to,
     size_of,
     sums_at,
     total,
-    with_momentum,
-    write,
+    work_of,
+    write_stepped,
 )
 
 
@@ -41,27 +40,27 @@ def _place(rows, columns, R, C, TRANSPOSED: tl.constexpr):
 
 
 @triton.jit
+def _block_of(of, block, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr):
+    """Where a unit begins, how many rows and columns it has, and the first and last row of one of its blocks."""
+    R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
+    per = size_of(of, t.PER, ALIGNED and TRANSPOSED)
+    return size_of(of, t.START, ALIGNED), R, C, block * per, tl.minimum(block * per + per, R)
+
+
+@triton.jit
 def matrix_statistics(
-    jobs, units, pointers, numbers, partial, kept, sums,
+    jobs, units, members, pointers, numbers, draws, partial, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
     ONE_TILE: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr,
 ):  # fmt: skip
     """First reads of a block of rows; with `ONE_TILE` the columns are no more than those of a tile, which is read once."""
-    job = tl.program_id(0)
-    u = tl.load(jobs + job)
-    of = units + u * t.UNIT
-    m, start = tl.load(of + t.OF), tl.load(of + t.START)
-    p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED), pointer_to(pointers, m, t.G_AT, G, ALIGNED)
+    of, m, block = work_of(jobs, units, t.FIRST_JOB)
+    start, R, C, first, end = _block_of(of, block, ALIGNED, TRANSPOSED)
+    p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED) + start, pointer_to(pointers, m, t.G_AT, G, ALIGNED) + start
     row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
     new_row = new_averages(row, kept, of, t.NEW_ROW, SPLIT)
-    R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
-    start = tl.multiple_of(start, 16) if ALIGNED else start
-    p, g = p + start, g + start
-    block = job - tl.load(of + t.FIRST_JOB)
-    first = block * size_of(of, t.PER, ALIGNED and TRANSPOSED)
-    end = tl.minimum(first + size_of(of, t.PER, ALIGNED and TRANSPOSED), R)
     part = partial + tl.load(of + t.PARTIAL) + 2 * C * block
-    beta2, rest, eps = decay_rates(numbers, pointers, m)
+    rates = decay_rates(numbers_of(numbers, pointers, m))
     columns = tl.arange(0, TILE_COLUMNS)
     row_sum, param_sq = tl.zeros([TILE_ROWS], A), tl.zeros([TILE_COLUMNS], A)
     # Where rows are short, adding them up in each tile would take longer than reading them.
@@ -80,7 +79,7 @@ def matrix_statistics(
             y = tl.load(p + where, mask, 0.0).to(A)
             squared = x * x
             param_sq += tl.sum(y * y, 0)
-            new = moving_average(old, tl.sum(squared, 1) / C, beta2, rest, eps)
+            new = moving_average(old, tl.sum(squared, 1) / C, rates)
             weighted = squared / tl.where(inside, new, 1.0)[:, None]
             col_sq += tl.sum(squared, 0) if wide else squared
             weighted_sq += tl.sum(weighted, 0) if wide else weighted
@@ -92,7 +91,7 @@ def matrix_statistics(
                 y = tl.load(p + where, mask, 0.0, eviction_policy="evict_first").to(A)
                 row_sq += tl.sum(x * x, 1)
                 param_sq += tl.sum(y * y, 0)
-            new = moving_average(old, row_sq / C, beta2, rest, eps)
+            new = moving_average(old, row_sq / C, rates)
         tl.store(new_row + rows, new, inside)
         row_sum += tl.where(inside, new, 0.0)
     tl.store(sums + tl.load(of + t.ROW_SUMS) + block, tl.sum(row_sum, 0).to(tl.float64))
@@ -133,12 +132,11 @@ def _of_blocks(of, partial, columns, D: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 
 @triton.jit
 def add_columns(
-    jobs, units, partial, sums, SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    jobs, units, members, pointers, numbers, draws, partial, kept, sums,
+    SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Puts the sums of some columns of a piece, and that of its rows, where ranks add them up."""
-    job = tl.program_id(0)
-    of = units + tl.load(jobs + job) * t.UNIT
-    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
+    of, _, chunk = work_of(jobs, units, t.FIRST_COLUMN_JOB)
     columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     inside = columns < tl.load(of + t.COLUMNS)
     col_sq, weighted_sq = _of_blocks(of, partial, columns, tl.float64, TILE_BLOCKS, TILE_COLUMNS)
@@ -150,20 +148,17 @@ def add_columns(
 
 @triton.jit
 def matrix_columns(
-    jobs, units, pointers, numbers, partial, kept, sums,
+    jobs, units, members, pointers, numbers, draws, partial, kept, sums,
     A: tl.constexpr, SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     """Some columns of a unit from the sums of its blocks, or, where rows are split, from those of all ranks; and what they add
     to the sum of the squares of the update.
     """
-    job = tl.program_id(0)
-    u = tl.load(jobs + job)
-    of = units + u * t.UNIT
-    m, R, C = tl.load(of + t.OF), tl.load(of + t.WHOLE_ROWS), tl.load(of + t.COLUMNS)
+    of, m, chunk = work_of(jobs, units, t.FIRST_COLUMN_JOB)
+    R = tl.load(of + t.WHOLE_ROWS)
     col = pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
-    chunk = job - tl.load(of + t.FIRST_COLUMN_JOB)
     columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    inside = columns < C
+    inside = columns < tl.load(of + t.COLUMNS)
     if SPLIT is None or SPLIT == t.NEITHER:
         col_sq, weighted_sq = _of_blocks(of, partial, columns, A, TILE_BLOCKS, TILE_COLUMNS)
         mean_sq, row_sum = col_sq / R, total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS))
@@ -171,9 +166,7 @@ def matrix_columns(
         mean_sq = (tl.load(sums_at(of, t.COL_SQ_AT) + columns, inside, 0.0) / R).to(A)
         weighted_sq = tl.load(sums_at(of, t.WEIGHTED_SQ_AT) + columns, inside, 0.0).to(A)
         row_sum = tl.load(sums_at(of, t.ROW_SUM_AT)) if SPLIT == t.SPLIT_ROWS else 0.0
-    beta2, rest, eps = decay_rates(numbers, pointers, m)
-    old = tl.load(col + columns, inside, 1.0)
-    new = moving_average(old, mean_sq, beta2, rest, eps)
+    new = moving_average(tl.load(col + columns, inside, 1.0), mean_sq, decay_rates(numbers_of(numbers, pointers, m)))
     tl.store(new_averages(col, kept, of, t.NEW_COL, SPLIT) + columns, new, inside)
     # As in _update/matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
     update_sq = tl.sum(tl.where(inside, weighted_sq / new, 0.0).to(tl.float64), 0)
@@ -202,32 +195,32 @@ def column_means(units, sums, TILE_COLUMNS: tl.constexpr):
 
 
 @triton.jit
+def _copy(to, x, first, end):
+    for start in range(first, end, TOTAL):
+        at = start + tl.arange(0, TOTAL)
+        tl.store(to + at, tl.load(x + at, at < end, 0.0), at < end)
+
+
+@triton.jit
 def apply_matrix(
-    jobs, units, members, pointers, numbers, draws, kept, sums,
+    jobs, units, members, pointers, numbers, draws, partial, kept, sums,
     P: tl.constexpr, G: tl.constexpr, A: tl.constexpr, M: tl.constexpr, N: tl.constexpr,
     TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, ALIGNED: tl.constexpr, TRANSPOSED: tl.constexpr,
-    SPLIT: tl.constexpr, ROUNDING: tl.constexpr, CAUTIOUS: tl.constexpr, COUNT: tl.constexpr,
+    SPLIT: tl.constexpr, CAUTIOUS: tl.constexpr, CALL: tl.constexpr,
 ):  # fmt: skip
-    """Second reads of a block of rows, and the only write of p; `COUNT`: how many elements agree in sign, nothing else."""
-    job = tl.program_id(0)
-    u = tl.load(jobs + job)
-    of = units + u * t.UNIT
-    m, start = tl.load(of + t.OF), tl.load(of + t.START)
-    start = tl.multiple_of(start, 16) if ALIGNED else start
+    """Second reads of a block of rows, and the only write of p; or how many elements agree in sign, nothing else."""
+    of, m, block = work_of(jobs, units, t.FIRST_JOB)
+    start, R, C, first, end = _block_of(of, block, ALIGNED, TRANSPOSED)
+    own_numbers = numbers_of(numbers, pointers, m)
     p, g = pointer_to(pointers, m, t.P_AT, P, ALIGNED) + start, pointer_to(pointers, m, t.G_AT, G, ALIGNED) + start
     old_row = pointer_to(pointers, m, t.ROW_AT, A, False) + tl.load(of + t.ROW_START)
     old_col = pointer_to(pointers, m, t.COL_AT, A, ALIGNED) + size_of(of, t.COL_START, ALIGNED and not TRANSPOSED)
     row, col = new_averages(old_row, kept, of, t.NEW_ROW, SPLIT), new_averages(old_col, kept, of, t.NEW_COL, SPLIT)
-    R, C = size_of(of, t.ROWS, ALIGNED and TRANSPOSED), size_of(of, t.COLUMNS, ALIGNED and not TRANSPOSED)
-    block = job - tl.load(of + t.FIRST_JOB)
-    first = block * size_of(of, t.PER, ALIGNED and TRANSPOSED)
-    end = tl.minimum(first + size_of(of, t.PER, ALIGNED and TRANSPOSED), R)
-    of_member = members + m * t.MEMBER
-    result = sums + tl.load(of_member + t.RESULT)
+    result = sums + tl.load(members + m * t.MEMBER + t.RESULT)
     scale = (tl.load(result) * tl.sqrt(tl.load(sums + tl.load(of + t.MEAN)))).to(A)
-    decay, sign = tl.load(result + 1).to(A), number_of(numbers, pointers, m, t.SIGN)
-    agreeing = tl.zeros([TILE_ROWS], tl.float64)
+    decay = tl.load(result + 1).to(A)
     share = tl.load(result + 2).to(A) if CAUTIOUS else decay
+    agreeing = tl.zeros([TILE_ROWS], tl.float64)
     for c in range(0, C, TILE_COLUMNS):
         columns = c + tl.arange(0, TILE_COLUMNS)
         col_factor = tl.rsqrt(tl.load(col + columns, columns < C, 1.0))
@@ -238,23 +231,17 @@ def apply_matrix(
             row_factor = tl.rsqrt(tl.load(row + rows, rows < end, 1.0)) * scale
             x = tl.load(g + where, mask, 0.0).to(A)
             update = x * row_factor[:, None] * col_factor[None, :]
-            noise = decay
-            if ROUNDING and not COUNT:
-                slices = tl.load(of + t.SLICE)
-                noise = noise_at(draws, m, slices, rows[:, None], columns[None, :], N)
-            if M is not None:
-                exp_avg = pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + start + where
-                update = with_momentum(exp_avg, update, mask, noise, numbers, pointers, m, M, ROUNDING, COUNT)
-            if COUNT:
-                agreeing += tl.sum(tl.where(mask, agreement_of(update, x, sign), 0.0).to(tl.float64), 1)
+            noise = noise_at(draws, m, tl.load(of + t.SLICE), rows[:, None], columns[None, :], N)
+            exp_avg = None if M is None else pointer_to(pointers, m, t.EXP_AVG_AT, M, ALIGNED) + start + where
+            update, agree = directed(update, x, exp_avg, mask, noise, own_numbers, M, N, CAUTIOUS, CALL == t.COUNT)
+            if CALL == t.COUNT:
+                agreeing += tl.sum(agree.to(tl.float64), 1)
             else:
-                if CAUTIOUS:
-                    update *= agreement_of(update, x, sign) / share
                 y = tl.load(p + where, mask, 0.0).to(A)
-                write(p + where, y - (y * decay + update), mask, noise, P, ROUNDING)
-    if COUNT:
-        tl.store(sums + tl.load(of + t.UNIT_PARAM_SQ) + block, tl.sum(agreeing, 0))
+                write_stepped(p + where, y, update, agree, share, decay, mask, noise, P, N, CAUTIOUS)
+    if CALL == t.COUNT:
+        tl.store(sums + tl.load(of + t.UNIT_AGREE) + block, tl.sum(agreeing, 0))
     elif SPLIT is not None:
-        copy(old_row, row, first, end)
+        _copy(old_row, row, first, end)
         if block == 0:
-            copy(old_col, col, 0, C)
+            _copy(old_col, col, 0, C)
