@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.placement_types import Placement
 
 from adafactor_compiled._fused.launches import Planned, planned
+from adafactor_compiled._fused.pieces import COL, EXP_AVG, RMS, ROW, G, P
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
@@ -23,8 +24,6 @@ from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.shape_class import ShapeClass
 
 STRIDED = torch.strided
-P, G, ROW, COL, EXP_AVG, RMS = range(6)  # columns of addresses
-NUMBERS = 7  # the last one, a row of numbers
 
 
 class Placed(NamedTuple):
@@ -39,8 +38,8 @@ class Placed(NamedTuple):
     origin: Origin
 
 
-class Factor(NamedTuple):
-    """A tensor of a member's state that has dimensions."""
+class Kept(NamedTuple):
+    """A tensor of a member's state as it was."""
 
     name: str
     tensor: Tensor
@@ -49,14 +48,9 @@ class Factor(NamedTuple):
     stride: tuple[int, ...]
 
 
-@dataclass(frozen=True, eq=False, slots=True)  # equal is what is the same: tensors would be compared by their elements
-class Member:
-    param: Tensor  # the whole, of a piece
-    placed: Placed | None
-    group: Group
-    position: int  # counted over all groups
-    of: ShapeClass  # of the parameter as kernels see it
-    planned: Planned
+class Looks(NamedTuple):
+    """How parameter and gradient were."""
+
     type: type
     device_index: int
     dtype: torch.dtype
@@ -64,17 +58,6 @@ class Member:
     shape: torch.Size
     stride: tuple[int, ...] | None  # None where all is contiguous, which is quicker to ask for
     grad_stride: tuple[int, ...]
-    rows: Factor  # or all elements
-    columns: Factor | None
-    exp_avg: Factor | None
-    rms: Tensor
-    state_dtype: torch.dtype
-    update_rms: Tensor
-    update_rms_at: int
-    spans: tuple[Span, ...]
-    empty: bool  # a piece of nothing
-    written: list[Tensor]
-    looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
 
 
 class Span(NamedTuple):
@@ -85,45 +68,51 @@ class Span(NamedTuple):
     tensor: Tensor | None  # None for its gradient, the one that is not written
 
 
+@dataclass(frozen=True, eq=False, slots=True)  # equal is what is the same: tensors would be compared by their elements
+class Member:
+    param: Tensor  # the whole, of a piece
+    placed: Placed | None
+    group: Group
+    position: int  # counted over all groups
+    of: ShapeClass  # of the parameter as kernels see it
+    planned: Planned
+    looks: Looks
+    rows: Kept  # or all elements
+    columns: Kept | None
+    exp_avg: Kept | None
+    rms: Tensor
+    update_rms: Tensor
+    update_rms_at: int
+    spans: tuple[Span, ...]
+    written: list[Tensor]
+    looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
+
+
 def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed | None = None) -> Member:
     """An entry whose gradient and state were checked; of this rank's pieces, where they are `placed`."""
-    p, g, state = entry.param, entry.grad, entry.state
-
-    def factor(name: str) -> Factor:
-        x = state[name]
-        return Factor(name, x, x.dtype, x.shape, x.stride())
-
-    rms = state["RMS"]
-    rows, columns = factor("exp_avg_sq_row" if of.factored else "exp_avg_sq"), factor("exp_avg_sq_col") if of.factored else None
-    exp_avg = factor("exp_avg") if of.momentum is not None else None
-    factors = [(column, x) for column, x in ((ROW, rows), (COL, columns), (EXP_AVG, exp_avg)) if x is not None]
+    position, p, g, state, group = entry
+    names = {ROW: "exp_avg_sq_row", COL: "exp_avg_sq_col"} if of.factored else {ROW: "exp_avg_sq"}
+    names |= ({} if of.momentum is None else {EXP_AVG: "exp_avg"}) | {RMS: "RMS"}
+    kept = {at: Kept(name, x, x.dtype, x.shape, x.stride()) for at, name in names.items() for x in (state[name],)}
     spans = [Span(P, bytes_of(p.shape, p.stride(), p.dtype), p), Span(G, bytes_of(g.shape, g.stride(), g.dtype), None)]
-    spans += [Span(column, bytes_of(x.shape, x.stride, x.dtype), x.tensor) for column, x in factors]
-    written = [p, *(x.tensor for _, x in factors), rms, update_rms]
-    spans = [span for span in (*spans, Span(RMS, rms.element_size(), rms)) if span.size > 0]
+    spans += [Span(at, bytes_of(x.shape, x.stride, x.dtype), x.tensor) for at, x in kept.items()]
+    written = [p, *(x.tensor for x in kept.values()), update_rms]
+    contiguous = p.is_contiguous() and g.is_contiguous()
     return Member(
         param=p if placed is None else placed.param,
         placed=placed,
-        group=entry.group,
-        position=entry.position,
+        group=group,
+        position=position,
         of=of,
         planned=planned(of, None if placed is None else placed.split),
-        type=type(p),
-        device_index=p.get_device(),
-        dtype=p.dtype,
-        grad_dtype=g.dtype,
-        shape=p.shape,
-        stride=None if p.is_contiguous() and g.is_contiguous() else p.stride(),
-        grad_stride=g.stride(),
-        rows=rows,
-        columns=columns,
-        exp_avg=exp_avg,
-        rms=rms,
-        state_dtype=rms.dtype,
+        looks=Looks(type(p), p.get_device(), p.dtype, g.dtype, p.shape, None if contiguous else p.stride(), g.stride()),
+        rows=kept[ROW],
+        columns=kept.get(COL),
+        exp_avg=kept.get(EXP_AVG),
+        rms=state["RMS"],
         update_rms=update_rms,
         update_rms_at=update_rms.data_ptr(),
-        spans=tuple(spans),
-        empty=not p.numel(),
+        spans=tuple(span for span in spans if span.size > 0),
         written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version
         looked_at=[],
     )
@@ -138,13 +127,13 @@ def bytes_of(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) ->
 
 def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ...] | None:
     """Where the tensors of a member lie, all but its numbers; None where anything is not as it was, or has no memory."""
-    index, shape, stride = x.device_index, x.shape, x.stride
+    kind, index, dtype, grad_dtype, shape, stride, grad_stride = x.looks
     if (
         type(g) is not Tensor
-        or type(p) is not x.type
+        or type(p) is not kind
         or g.layout is not STRIDED
-        or p.dtype is not x.dtype
-        or g.dtype is not x.grad_dtype
+        or p.dtype is not dtype
+        or g.dtype is not grad_dtype
         or p.shape != shape
         or g.shape != shape
         or p.get_device() != index
@@ -156,20 +145,19 @@ def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ..
     if stride is None:
         if not (p.is_contiguous() and g.is_contiguous()):
             return None
-    elif p.stride() != stride or g.stride() != x.grad_stride:
+    elif p.stride() != stride or g.stride() != grad_stride:
         return None
-    rms = state.get("RMS")
-    if rms is not x.rms or rms.dtype is not x.state_dtype or rms.dim() or rms.get_device() != index:
+    rms, rows, columns, momentum = x.rms, x.rows, x.columns, x.exp_avg
+    if state.get("RMS") is not rms or rms.dtype is not rows.dtype or rms.dim() or rms.get_device() != index:
         return None
-    row = col = exp_avg = _address_of(x.rows, state, index)
-    if x.columns is not None:
-        col = _address_of(x.columns, state, index)
-    if x.exp_avg is not None:
-        exp_avg = _address_of(x.exp_avg, state, index)
+    row = col = exp_avg = _address_of(rows, state, index)
+    if columns is not None:
+        col = _address_of(columns, state, index)
+    if momentum is not None:
+        exp_avg = _address_of(momentum, state, index)
     param, grad, of_rms = p.data_ptr(), g.data_ptr(), rms.data_ptr()
-    if param and grad and row > 0 and col > 0 and exp_avg > 0 and of_rms:
-        return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
-    if x.empty and row >= 0 and col >= 0 and exp_avg >= 0 and of_rms:
+    there = param and grad and row > 0 and col > 0 and exp_avg > 0
+    if of_rms and (there or (not p.numel() and row >= 0 and col >= 0 and exp_avg >= 0)):  # a piece may be empty
         return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
     return None
 
@@ -190,7 +178,7 @@ def of_this_rank(x: Placed, p: Tensor, g: Tensor, state: State) -> tuple[Tensor,
     return None if piece.data_ptr() != x.address else (piece, g.to_local(), state)
 
 
-def _address_of(x: Factor, state: State, index: int) -> int:
+def _address_of(x: Kept, state: State, index: int) -> int:
     """-1 where it is not as it was."""
     name, tensor, dtype, shape, stride = x
     if (

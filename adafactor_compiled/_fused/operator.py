@@ -86,43 +86,36 @@ def step(
         factored: of each whether rows and columns stand for its second moment.
         cautious: whether elements step only where momentum and gradient agree in sign.
     """
-    of_cols, dtype = iter(cols), params[0].dtype
-    momentum = Momentum(exp_avgs[0].dtype, cautious) if exp_avgs else None
+    of_cols, momentum = iter(cols), Momentum(exp_avgs[0].dtype, cautious) if exp_avgs else None
     entries, classes = [], []
     for i, (p, g, row, is_factored) in enumerate(zip(params, grads, rows, factored, strict=True)):
-        of = (*_layout(p), g.stride(), dtype, g.dtype, p.device, is_factored, momentum, draws is not None)
-        classes.append(ShapeClass(*of))
+        of_p, of_step = (p.dtype, g.dtype, p.device), (is_factored, momentum, draws is not None)
+        classes.append(ShapeClass(tuple(p.shape), p.stride(), g.stride(), *of_p, *of_step))
         state = {"exp_avg_sq_row": row, "exp_avg_sq_col": next(of_cols)} if is_factored else {"exp_avg_sq": row}
         entries.append(Entry(i, p, g, state | ({"exp_avg": exp_avgs[i]} if exp_avgs else {}) | {"RMS": rms[i]}, {}))
-    chosen = [i for i, of in enumerate(classes) if kernels_of(of) is not None]
-    stepped = _stepped_by_kernels([entries[i] for i in chosen], [classes[i] for i in chosen], chosen, numbers, draws)
-    for i in set(range(len(params))) - stepped:  # right, and slower
+    for i in set(range(len(params))) - _stepped_by_kernels(entries, classes, numbers, draws):  # right, and slower
         of_draws, table = None if draws is None else draws[i : i + 1], numbers[i : i + 1]
         measured = multi_tensor.step([Members.of(classes[i], [entries[i]], table, Numbers.of(table), of_draws)])[0]
         rms[i].copy_(measured[0, 0])
 
 
-def _layout(x: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    return tuple(x.shape), x.stride()
-
-
-def _stepped_by_kernels(
-    entries: list[Entry], classes: list[ShapeClass], positions: list[int], numbers: Tensor, draws: Tensor | None
-) -> set[int]:
-    """The positions of the entries that kernels have stepped: all, unless their memory is shared."""
-    if not entries:
+def _stepped_by_kernels(entries: list[Entry], classes: list[ShapeClass], numbers: Tensor, draws: Tensor | None) -> set[int]:
+    """The positions of the entries that kernels have stepped: all that these know, unless their memory is shared."""
+    chosen = [x for x, of in zip(entries, classes, strict=True) if kernels_of(of) is not None]
+    if not chosen:
         return set()
-    unaligned = {i for i, x in enumerate(entries) if (x.param.data_ptr() | x.grad.data_ptr()) % 16}
-    update_rms = torch.zeros(len(entries), dtype=numbers.dtype, device=numbers.device).unbind()
-    members = [member_of(*x) for x in zip(entries, classes, update_rms, strict=True)]
-    table = Table(members, _launches_of(tuple(classes), frozenset(unaligned)))
+    positions = [x.position for x in chosen]
+    unaligned = frozenset(i for i, x in enumerate(chosen) if (x.param.data_ptr() | x.grad.data_ptr()) % 16)
+    update_rms = torch.zeros(len(chosen), dtype=numbers.dtype, device=numbers.device).unbind()
+    members = [member_of(x, classes[x.position], to) for x, to in zip(chosen, update_rms, strict=True)]
+    table = Table(members, _launches_of(tuple(x.of for x in members), unaligned))
     addresses: list[int] = []
-    for i, (member, x) in enumerate(zip(members, entries, strict=True)):
+    for member, x in zip(members, chosen, strict=True):
         found = addresses_in(member, x.param, x.grad, x.state)
         if found is None:
             return set()
-        addresses += (*found, positions[i])
-    if table.conflicts(addresses, [x.grad for x in entries]):
+        addresses += (*found, x.position)
+    if table.conflicts(addresses, [x.grad for x in chosen]):
         return set()
     of_draws = {} if draws is None else {i: draws[position] for i, position in enumerate(positions)}
     table.run(Found(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws))

@@ -12,8 +12,8 @@ from torch import Tensor
 
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES, Launch
-from adafactor_compiled._fused.members import NUMBERS, G, Member
-from adafactor_compiled._fused.pieces import STEP, Piece
+from adafactor_compiled._fused.members import Member
+from adafactor_compiled._fused.pieces import NUMBERS, STEP, G, Piece
 from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._update.numbers import Numbers, to_device
 
@@ -52,11 +52,9 @@ class Table:
         self._buffers: list[Tensor] = []  # where pieces have their sums
         self.done: list[int] = []  # members that the present run has stepped
         self._last: list[int] = []  # addresses of memory that was looked at
-        self._spans = [(i, span) for i, x in enumerate(members) for span in x.spans]
-        self._places = torch.tensor([i * ADDRESSES + span[0] for i, span in self._spans], device="cpu")
-        self._sizes = torch.tensor([span[1] for _, span in self._spans], device="cpu")
-        self._is_written = torch.tensor([span[2] is not None for _, span in self._spans], device="cpu")
-        self._grads = [(i, span.size) for i, span in self._spans if span.tensor is None]
+        of_spans = [(i, *span) for i, x in enumerate(members) for span in x.spans]
+        self._spans = [(i * ADDRESSES + column, size, tensor is not None, i) for i, column, size, tensor in of_spans]
+        self._grads = [(i, size) for _, size, written, i in self._spans if not written]
         self._apart: tuple[list[int], list[int]] = [], []  # where memory that is written begins and ends, in order, as of then
 
     def conflicts(self, addresses: list[int], grads: Sequence[Tensor]) -> set[int]:
@@ -72,16 +70,12 @@ class Table:
             return set()
         for i, x in enumerate(self.members):
             _check_storages(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])
-        starts = torch.tensor(addresses, dtype=torch.int64, device="cpu")[self._places]
-        order = starts.argsort()
-        starts, ends, written = starts[order], (starts + self._sizes)[order], self._is_written[order]
-        begins, furthest = starts[1:], ends.cummax(0).values[:-1]
-        furthest_written = torch.where(written, ends, 0).cummax(0).values[:-1]
-        if bool(((begins < furthest) & written[1:] | (begins < furthest_written)).any()):
-            owners = [self._spans[i][0] for i in order.tolist()]
-            return overlapping(list(zip(starts.tolist(), ends.tolist(), written.tolist(), owners, strict=True)))
-        self._last, self._apart = addresses, (starts[written].tolist(), ends[written].tolist())
-        return set()
+        spans = sorted((addresses[at], addresses[at] + size, written, i) for at, size, written, i in self._spans)
+        found = overlapping(spans)
+        if not found:
+            written_ones = [span for span in spans if span[2]]
+            self._last, self._apart = addresses, ([x[0] for x in written_ones], [x[1] for x in written_ones])
+        return found
 
     def _have_only_gradients_moved(self, addresses: list[int]) -> bool:
         """As they do in training, from step to step."""
@@ -157,9 +151,8 @@ def _check_storages(x: Member, grad: Tensor, addresses: list[int]) -> None:
     last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
     for column, size, tensor in x.spans:
         if addresses[column] != last[column] and not _is_there(grad if tensor is None else tensor, size):
-            raise RuntimeError(
-                f"parameter {x.position} (shape {tuple(x.shape)}), its gradient or its state has no memory; nothing was stepped"
-            )
+            of = f"parameter {x.position} (shape {tuple(x.param.shape)})"
+            raise RuntimeError(f"{of}, its gradient or its state has no memory; nothing was stepped")
     x.looked_at[:] = [addresses]
 
 

@@ -38,7 +38,7 @@ def step_slices(
     R: tl.constexpr, C: tl.constexpr, TILE_ROWS: tl.constexpr, TILE_COLUMNS: tl.constexpr, CONTIGUOUS: tl.constexpr,
     SPLIT: tl.constexpr, CAUTIOUS: tl.constexpr, CALL: tl.constexpr,
 ):  # fmt: skip
-    """First reads of some slices, which are rows of a unit, for all averages and sums; or second ones, and the only write of p."""
+    """First reads of some slices, the rows of a unit, for all averages and sums; or second ones, and the only write of p."""
     of, m, chunk = work_of(jobs, units, t.FIRST_JOB)
     own_numbers = numbers_of(numbers, pointers, m)
     n, rows, columns = chunk * TILE + tl.arange(0, TILE), tl.arange(0, TILE_ROWS), tl.arange(0, TILE_COLUMNS)
