@@ -31,7 +31,7 @@ from adafactor_compiled._fused.gpu import layout, steps
 from adafactor_compiled._fused.pieces import COLUMNS, ROWS, STATISTICS
 from adafactor_compiled._sharded.exchange import Exchange
 
-OF_MATRICES = ["matrix_statistics", "add_columns", "matrix_columns", "apply_matrix"]
+OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
 OF_MEMBERS = ["put", "column_means", "finish"]  # of a few numbers
 KERNELS = [*OF_MATRICES, "step_vectors", "step_slices", *OF_MEMBERS]
 NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh", "aten::alias"}
@@ -104,7 +104,8 @@ def moved(launched: Launched) -> float:
     kept = 0 if constants.get("SPLIT") is None else 2 * a  # averages of pieces are read again, and written, when it is sure
     exchanges = constants.get("SPLIT") in (ROWS, COLUMNS)
     is_first = constants.get("CALL") == STATISTICS
-    total = float(launched.arguments[6].nbytes) if name == "add_columns" else 0.0
+    puts = constants.get("PUTS")
+    total = float(launched.arguments[6].nbytes) if puts else 0.0
     for unit in units.tolist():
         rows, columns, blocks = unit[4], unit[5], unit[7]
         if name in OF_MATRICES:
@@ -112,8 +113,7 @@ def moved(launched: Launched) -> float:
             again = 0 if constants.get("ONE_TILE") else n * g
             total += {
                 "matrix_statistics": n * (p + g) + again + 2 * rows * a + sums,
-                "add_columns": columns * of_sums,
-                "matrix_columns": (columns * of_sums if exchanges else sums) + 2 * columns * a,
+                "matrix_columns": (columns * of_sums if exchanges else sums) + (0 if puts else 2 * columns * a),
                 "apply_matrix": n * (2 * p + g + m) + (rows + columns * blocks) * a + (rows + columns) * kept,
             }[name]
         elif name == "step_vectors":

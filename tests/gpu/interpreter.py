@@ -110,7 +110,6 @@ def check_accesses(monkeypatch: pytest.MonkeyPatch) -> Memory:
     monkeypatch.setattr(InterpreterBuilder, "create_masked_load", checked(InterpreterBuilder.create_masked_load, 0))
     monkeypatch.setattr(InterpreterBuilder, "create_masked_store", checked(InterpreterBuilder.create_masked_store, 1))
     monkeypatch.setattr(Table, "conflicts", conflicts)
-    monkeypatch.setattr(launches, "_zeros", allowed(launches._zeros))
     monkeypatch.setattr(launches, "_empty", allowed(empty))
     monkeypatch.setattr(steps, "step", step(steps.step))
     return memory

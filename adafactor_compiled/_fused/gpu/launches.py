@@ -10,6 +10,7 @@ import functools
 from array import array
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -74,15 +75,15 @@ def _empty(count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.empty(count, dtype=dtype, device=device)
 
 
+@dataclass(slots=True)
 class There:
     """What a launch has on the GPU, made on `stream`: a tensor that is used on another stream may go too soon."""
 
-    def __init__(self) -> None:
-        self.stream: int | None = None
-        self.tables: Tables | None = None
-        self.addresses: array[int] | None = None
-        self.aligned = False  # whether these are multiples of 16
-        self.pointers: Tensor | None = None
+    stream: int | None = None
+    tables: Tables | None = None
+    addresses: array[int] | None = None
+    aligned: bool = False  # whether these are multiples of 16
+    pointers: Tensor | None = None
 
 
 def launches_of(members: Sequence[tuple[ShapeClass, Kernels, Cut]]) -> list[Launch]:
@@ -170,22 +171,18 @@ def try_out(of: Kernels) -> None:
     shape, stride = _example_of(of)
     shape_class = ShapeClass(shape, stride, stride, of.dtype, of.grad_dtype, of.device, True, of.momentum, of.rounding)
     example = Launch(of, [cut_of(of, shape_class)], [0])
-    exchanged = _zeros(torch.float64, of.device)
+    exchanged = _empty(EXAMPLE, torch.float64, of.device).zero_()
     if of.split is not None:
         at, whole = exchanged.data_ptr(), shape[-2:] if len(shape) > 1 else (1, *shape)
         example.share([Piece(at, at, of.split, shape_class.numel, *whole)])
     state = compute_dtype(of.dtype)
     dtypes = of.dtype, of.grad_dtype, state, state, of.momentum.dtype if of.momentum else state, state, state
-    tensors = [_zeros(dtype, of.device) for dtype in dtypes]
+    tensors = [_empty(EXAMPLE, dtype, of.device).zero_() for dtype in dtypes]
     addresses = array("q", [*(x.data_ptr() for x in tensors), 0])
     draws = torch.zeros(1, DRAWS, dtype=torch.int32, device=of.device) if of.rounding else None
-    numbers = _zeros(state, of.device)[: len(Numbers._fields)].fill_(0.5)
+    numbers = _empty(len(Numbers._fields), state, of.device).fill_(0.5)
     for call in _calls_of(of):
         example.run(addresses, numbers, draws, call)
-
-
-def _zeros(dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.zeros(EXAMPLE, dtype=dtype, device=device)
 
 
 def _example_of(of: Kernels) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -5,9 +5,9 @@ plain and each row divided by its average. From those `matrix_columns` makes the
 _update/matrices.py, the sum of the squares of the update: no pass over the elements is needed for it. `finish` makes the step
 size of each member; `apply_matrix` reads g and p again and writes p.
 
-Of pieces whose rows are split, `add_columns` puts the sums of all blocks where ranks add them up, and the columns are made of
-what is there then. Where columns are split, the kernels' rows are columns of the parameter. New averages of pieces are kept
-apart until `apply_matrix` comes.
+Of pieces whose rows are split, the sums of all blocks are put where ranks add them up, and the columns are made of what is
+there then. Where columns are split, the kernels' rows are columns of the parameter. New averages of pieces are kept apart until
+`apply_matrix` comes.
 """
 
 from __future__ import annotations
@@ -131,53 +131,43 @@ def _of_blocks(of, partial, columns, D: tl.constexpr, TILE_BLOCKS: tl.constexpr,
 
 
 @triton.jit
-def add_columns(
-    jobs, units, members, pointers, numbers, draws, partial, kept, sums,
-    SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
-):  # fmt: skip
-    """Puts the sums of some columns of a piece, and that of its rows, where ranks add them up."""
-    of, _, chunk = work_of(jobs, units, t.FIRST_COLUMN_JOB)
-    columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
-    inside = columns < tl.load(of + t.COLUMNS)
-    col_sq, weighted_sq = _of_blocks(of, partial, columns, tl.float64, TILE_BLOCKS, TILE_COLUMNS)
-    tl.store(sums_at(of, t.COL_SQ_AT) + columns, col_sq, inside)
-    tl.store(sums_at(of, t.WEIGHTED_SQ_AT) + columns, weighted_sq, inside)
-    if SPLIT == t.SPLIT_ROWS and chunk == 0:
-        tl.store(sums_at(of, t.ROW_SUM_AT), total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS)))
-
-
-@triton.jit
 def matrix_columns(
     jobs, units, members, pointers, numbers, draws, partial, kept, sums,
-    A: tl.constexpr, SPLIT: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
+    A: tl.constexpr, SPLIT: tl.constexpr, PUTS: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of a unit from the sums of its blocks, or, where rows are split, from those of all ranks; and what they add
-    to the sum of the squares of the update.
+    """Some columns of a unit from the sums of its blocks, or, where rows or columns are split, from those of all ranks; and what
+    they add to the sum of the squares of the update. With `PUTS` the sums, of rows too, are put where ranks add them up.
     """
     of, m, chunk = work_of(jobs, units, t.FIRST_COLUMN_JOB)
-    R = tl.load(of + t.WHOLE_ROWS)
-    col = pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
     columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
     inside = columns < tl.load(of + t.COLUMNS)
-    if SPLIT is None or SPLIT == t.NEITHER:
-        col_sq, weighted_sq = _of_blocks(of, partial, columns, A, TILE_BLOCKS, TILE_COLUMNS)
-        mean_sq, row_sum = col_sq / R, total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS))
+    if PUTS:
+        col_sq, weighted_sq = _of_blocks(of, partial, columns, tl.float64, TILE_BLOCKS, TILE_COLUMNS)
+        tl.store(sums_at(of, t.COL_SQ_AT) + columns, col_sq, inside)
+        tl.store(sums_at(of, t.WEIGHTED_SQ_AT) + columns, weighted_sq, inside)
+        if SPLIT == t.SPLIT_ROWS and chunk == 0:
+            tl.store(sums_at(of, t.ROW_SUM_AT), total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS)))
     else:
-        mean_sq = (tl.load(sums_at(of, t.COL_SQ_AT) + columns, inside, 0.0) / R).to(A)
-        weighted_sq = tl.load(sums_at(of, t.WEIGHTED_SQ_AT) + columns, inside, 0.0).to(A)
-        row_sum = tl.load(sums_at(of, t.ROW_SUM_AT)) if SPLIT == t.SPLIT_ROWS else 0.0
-    new = moving_average(tl.load(col + columns, inside, 1.0), mean_sq, decay_rates(numbers_of(numbers, pointers, m)))
-    tl.store(new_averages(col, kept, of, t.NEW_COL, SPLIT) + columns, new, inside)
-    # As in _update/matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
-    update_sq = tl.sum(tl.where(inside, weighted_sq / new, 0.0).to(tl.float64), 0)
-    if SPLIT == t.SPLIT_COLUMNS:  # the update is divided by the mean of these columns, which are rows of the parameter
-        tl.store(sums + tl.load(of + t.ROW_SUMS) + chunk, tl.sum(tl.where(inside, new, 0.0).to(tl.float64), 0))
-    else:
-        row_mean = row_sum / R.to(tl.float64)
-        if chunk == 0:
-            tl.store(sums + tl.load(of + t.MEAN), row_mean)
-        update_sq *= row_mean
-    tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, update_sq)
+        R, col = tl.load(of + t.WHOLE_ROWS), pointer_to(pointers, m, t.COL_AT, A, False) + tl.load(of + t.COL_START)
+        if SPLIT is None or SPLIT == t.NEITHER:
+            col_sq, weighted_sq = _of_blocks(of, partial, columns, A, TILE_BLOCKS, TILE_COLUMNS)
+            mean_sq, row_sum = col_sq / R, total(sums + tl.load(of + t.ROW_SUMS), tl.load(of + t.BLOCKS))
+        else:
+            mean_sq = (tl.load(sums_at(of, t.COL_SQ_AT) + columns, inside, 0.0) / R).to(A)
+            weighted_sq = tl.load(sums_at(of, t.WEIGHTED_SQ_AT) + columns, inside, 0.0).to(A)
+            row_sum = tl.load(sums_at(of, t.ROW_SUM_AT)) if SPLIT == t.SPLIT_ROWS else 0.0
+        new = moving_average(tl.load(col + columns, inside, 1.0), mean_sq, decay_rates(numbers_of(numbers, pointers, m)))
+        tl.store(new_averages(col, kept, of, t.NEW_COL, SPLIT) + columns, new, inside)
+        # As in _update/matrices.py: the mean last, beside large ones its ratio to a column without gradient would overflow.
+        update_sq = tl.sum(tl.where(inside, weighted_sq / new, 0.0).to(tl.float64), 0)
+        if SPLIT == t.SPLIT_COLUMNS:  # the update is divided by the mean of these columns, which are rows of the parameter
+            tl.store(sums + tl.load(of + t.ROW_SUMS) + chunk, tl.sum(tl.where(inside, new, 0.0).to(tl.float64), 0))
+        else:
+            row_mean = row_sum / R.to(tl.float64)
+            if chunk == 0:
+                tl.store(sums + tl.load(of + t.MEAN), row_mean)
+            update_sq *= row_mean
+        tl.store(sums + tl.load(of + t.UNIT_UPDATE_SQ) + chunk, update_sq)
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from torch import Tensor
 from adafactor_compiled._fused.gpu import layout
 from adafactor_compiled._fused.gpu.common import finish, put
 from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, Kernels, Room, Tables, power, slices_of_a_block
-from adafactor_compiled._fused.gpu.matrices import add_columns, apply_matrix, column_means, matrix_columns, matrix_statistics
+from adafactor_compiled._fused.gpu.matrices import apply_matrix, column_means, matrix_columns, matrix_statistics
 from adafactor_compiled._fused.gpu.slices import step_slices
 from adafactor_compiled._fused.gpu.vectors import step_vectors
 from adafactor_compiled._fused.pieces import COLUMNS, COUNT, ROWS, STATISTICS, STEP
@@ -53,12 +53,10 @@ def step(
         if begins:
             run(matrix_statistics, jobs, **types, ONE_TILE=bool(of.shape[2]))
         exchanges = of.split in (ROWS, COLUMNS)
-        if begins and exchanges:
-            run(add_columns, column_jobs, **of_columns)
-        if begins != exchanges:  # the sums of columns are those of all rows
-            run(matrix_columns, column_jobs, **arithmetic, **of_columns)
-            if of.split == COLUMNS:
-                column_means[(len(units),)](units, room.sums, TILE_COLUMNS=columns, num_warps=4)
+        if begins or exchanges:  # the sums of columns are those of all rows
+            run(matrix_columns, column_jobs, **arithmetic, **of_columns, PUTS=begins and exchanges)
+        if of.split == COLUMNS and not begins:
+            column_means[(len(units),)](units, room.sums, TILE_COLUMNS=columns, num_warps=4)
     else:
         stepped = step_slices if of.kind == SLICES else step_vectors
         if begins and not short:
