@@ -84,9 +84,8 @@ def planned(of: ShapeClass, split: int | None = None) -> Planned:
     """Of a member that has kernels, see `kernels_of`."""
     kernels = kernels_of(of, split)
     assert kernels is not None
-    return Planned(
-        of, kernels, gpu_layout.cut_of(kernels, of) if isinstance(kernels, gpu_layout.Kernels) else cpu_layout.cut_of(of, split)
-    )
+    cut = gpu_layout.cut_of(kernels, of) if isinstance(kernels, gpu_layout.Kernels) else cpu_layout.cut_of(of, split)
+    return Planned(of, kernels, cut)
 
 
 def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:

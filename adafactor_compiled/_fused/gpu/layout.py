@@ -94,9 +94,7 @@ def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
         split: of a piece, what ranks split; it may be empty, of what is summed it has its share nevertheless.
     """
     momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
-    if not is_gpu(of.device):
-        return None
-    if not of.plain or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
+    if not (is_gpu(of.device) and of.plain and {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES)):
         return None
     strides = (of.stride, of.grad_stride)
     contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
@@ -121,11 +119,9 @@ def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
     if not of.factored or (slices > 1 and rows == columns == 1):
         if not contiguous:
             return None
-        tile = next((most for most in SHORTEST if of.numel <= most), CHUNK)
-        kind = SHORT if of.numel <= SHORTEST[-1] else VECTORS
-        if split is not None:
-            tile, kind = CHUNK, VECTORS
-        return kernels(kind, of.numel % 16 == 0, tile, of.factored)
+        short = split is None and of.numel <= SHORTEST[-1]
+        tile = next(most for most in SHORTEST if of.numel <= most) if short else CHUNK
+        return kernels(SHORT if short else VECTORS, of.numel % 16 == 0, tile, of.factored)
     if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
         if contiguous or (len(of.shape) <= 4 and is_dense(of.shape, of.stride)):
             return kernels(SLICES, False, rows, columns, contiguous)

@@ -135,8 +135,8 @@ def matrix_columns(
     jobs, units, members, pointers, numbers, draws, partial, kept, sums,
     A: tl.constexpr, SPLIT: tl.constexpr, PUTS: tl.constexpr, TILE_BLOCKS: tl.constexpr, TILE_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Some columns of a unit from the sums of its blocks, or, where rows or columns are split, from those of all ranks; and what
-    they add to the sum of the squares of the update. With `PUTS` the sums, of rows too, are put where ranks add them up.
+    """Some columns of a unit from the sums of its blocks, or, where rows or columns are split, from those of all ranks; and
+    what they add to the sum of the squares of the update. With `PUTS` the sums, of rows too, are put where ranks add them up.
     """
     of, m, chunk = work_of(jobs, units, t.FIRST_COLUMN_JOB)
     columns = chunk * TILE_COLUMNS + tl.arange(0, TILE_COLUMNS)
