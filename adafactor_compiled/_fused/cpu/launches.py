@@ -98,10 +98,10 @@ def library_of(of: Kernels) -> Library:
     Raises:
         Unavailable: it cannot be.
     """
-    defines = [f"PARAM={TYPES[of.dtype]}", f"GRAD={TYPES[of.grad_dtype]}", f"ROUNDING={of.rounding:d}", f"LEAST={LEAST_SHARE}"]
-    if of.momentum is not None:
-        defines.append(f"MOMENTUM={TYPES[of.momentum.dtype]}")
-    library = build.load(SOURCE, (*defines, f"CAUTIOUS={is_cautious(of.momentum):d}"))
+    momentum = "A" if of.momentum is None else TYPES[of.momentum.dtype]
+    types = f"PARAM={TYPES[of.dtype]}", f"GRAD={TYPES[of.grad_dtype]}", f"MOMENTUM={momentum}"
+    flags = f"MOVES={of.momentum is not None:d}", f"ROUNDING={of.rounding:d}", f"CAUTIOUS={is_cautious(of.momentum):d}"
+    library = build.load(SOURCE, (*types, *flags, f"LEAST={LEAST_SHARE}"))
     step, sizes = library.adafactor_step, library.adafactor_sizes
     step.argtypes = sizes.argtypes = [ctypes.c_void_p]
     step.restype = sizes.restype = None

@@ -1,7 +1,8 @@
 // One Adafactor step of all members of a table, in one parallel region.
 //
 // The numbered steps are those of _update/reference.py. What a build chooses: PARAM, GRAD and MOMENTUM, the types of parameter,
-// gradient and momentum; ROUNDING and CAUTIOUS. State and arithmetic are of type A, sums over blocks of type double.
+// gradient and momentum (A without one); MOVES, whether there is one; ROUNDING and CAUTIOUS. State and arithmetic are of type A,
+// sums over blocks of type double.
 //
 // A member has parts, each read by one thread: groups of rows of a matrix, else slices of it or chunks of a vector. First come
 // the *statistics* of all parts, which write nothing but scratch; then *finish*, which knows both RMS; then every part is
@@ -35,31 +36,22 @@ struct f16 { uint16_t bits; };
 using P = PARAM;
 using G = GRAD;
 using A = std::conditional_t<std::is_same_v<P, double>, double, float>;
-#ifdef MOMENTUM
-constexpr bool MOVES = true;
 using M = MOMENTUM;
-#else
-constexpr bool MOVES = false;
-using M = A;
-#endif
 template <class T> constexpr bool HALF = std::is_same_v<T, bf16> || std::is_same_v<T, f16>;
 using N = std::conditional_t<HALF<P> || !MOVES, P, M>;  // what the noise is for, as in rounding.half_of
 constexpr bool ROUNDS = ROUNDING && HALF<N>;
 
 template <class To, class From> inline INLINED To cast(From x) { To y; std::memcpy(&y, &x, sizeof y); return y; }
-inline INLINED float wide(float x) { return x; }
-inline INLINED double wide(double x) { return x; }
-inline INLINED float wide(bf16 x) { return cast<float>((uint32_t)x.bits << 16); }
-inline INLINED float wide(f16 x) {
+template <class T> inline INLINED A load(T x) { return (A)x; }
+inline INLINED A load(bf16 x) { return cast<float>((uint32_t)x.bits << 16); }
+inline INLINED A load(f16 x) {
   const uint32_t magnitude = (uint32_t)(x.bits & 0x7fff) << 13, sign = (uint32_t)(x.bits & 0x8000) << 16;
   const uint32_t finite = cast<uint32_t>(cast<float>(magnitude) * 0x1p112f);
   return cast<float>((magnitude >= 0x7c00u << 13 ? magnitude | 0x7f800000 : finite) | sign);
 }
-template <class T> inline INLINED A load(T x) { return (A)wide(x); }
 
 // To nearest, ties to even.
-inline INLINED void narrow(float &to, A x) { to = (float)x; }
-inline INLINED void narrow(double &to, A x) { to = (double)x; }
+template <class T> inline INLINED void narrow(T &to, A x) { to = (T)x; }
 inline INLINED void narrow(bf16 &to, A x) {
   const float y = (float)x;
   const uint32_t bits = cast<uint32_t>(y);
@@ -145,7 +137,7 @@ template <class T> inline INLINED void write(T &to, A x, float noise) {
 
 // A member and what a step knows of it.
 
-struct Sums { double param_sq, update_sq, row_sum, agree; };
+struct Sums { double param_sq, nonfinite, update_sq, row_sum, agree; };
 struct Step {
   const Member &x;
   Pointers at;
@@ -187,7 +179,6 @@ template <bool COUNT> inline INLINED int step_element(const Step &s, P &p, const
   write(p, before - ((s.decay != 0 ? before * s.decay : 0) + update), noise);
   return 0;
 }
-inline INLINED M *momentum(M *m, int64_t n) { return MOVES ? m + n : nullptr; }
 template <class F> inline INLINED int for_each(int64_t n, const F &f) {
   int total = 0;
   #pragma omp simd reduction(+ : total)
@@ -276,13 +267,12 @@ static void rows_statistics(const Step &s, const Scratch &of, int64_t slice, int
     }
     A w[4];
     for (int k = 0; k < 4; k++) w[k] = new_row(i + k * q, of_rows[k]);
-    const A w0 = w[0], w1 = w[1], w2 = w[2], w3 = w[3];
     const auto add_columns = [&](int64_t from, int64_t to) INLINED {
       SIMD for (int64_t j = from; j < to; j++) {
         const A a = load(g0[j]), b = load(g1[j]), c = load(g2[j]), d = load(g3[j]);
         const A aa = a * a, bb = b * b, cc = c * c, dd = d * d;
         sq[j] += (aa + bb) + (cc + dd);
-        weighted[j] += (aa * w0 + bb * w1) + (cc * w2 + dd * w3);
+        weighted[j] += (aa * w[0] + bb * w[1]) + (cc * w[2] + dd * w[3]);
       }
     };
     constexpr int64_t LINE = 64 / sizeof(A);
@@ -382,40 +372,37 @@ static void weighted_rows(const Step &s, const Scratch &of, int64_t k) {
     });
   }
 }
-template <bool COUNT> static double rows_apply(const Step s, const Scratch &of, int64_t slice, int64_t r0, int64_t r1) {
-  const int64_t C = s.x.columns, first = slice * s.x.rows;
-  const A *factor = of.factor + slice * C, root_mean = (A)std::sqrt(of.row_sum[slice] / s.rows);
-  const float *scale = of.scale + slice * C, *shift = of.shift + slice * C;
+template <bool COUNT> static double group_apply(const Step s, const Scratch &of, int64_t k) {
+  const int64_t C = s.x.columns, block = s.x.block;
+  const Range in = range_of(k, s.x.rows, s.x.per);
+  const A *new_row = of.new_row + in.slice * s.x.rows, root_mean = (A)std::sqrt(of.row_sum[in.slice] / s.rows);
+  const A *new_col = of.new_col + in.slice * C, *factor = of.factor + in.slice * C;
+  const float *scale = of.scale + in.slice * C, *shift = of.shift + in.slice * C;
   struct Row { P *p; const G *g; M *m; A factor; Along noise; };
   const auto row = [&](int64_t i) INLINED {
-    const int64_t at = (first + i) * C;
-    return Row{s.at.p + at, s.at.g + at, momentum(s.at.exp_avg, at), s.scale * root_mean / std::sqrt(of.new_row[first + i]),
-               ROUNDS ? along(s.draws, 1, slice, i) : Along{}};
+    const int64_t at = (in.slice * s.x.rows + i) * C;
+    return Row{s.at.p + at, s.at.g + at, s.at.exp_avg + at, s.scale * root_mean / std::sqrt(new_row[i]),
+               ROUNDS ? along(s.draws, 1, in.slice, i) : Along{}};
   };
   const auto step = [&](const Row &x, int64_t j) INLINED {
     const float noise = ROUNDS && !COUNT ? between(x.noise, {scale[j], shift[j]}) : 0;
-    return step_element<COUNT>(s, x.p[j], x.g[j], momentum(x.m, j), load(x.g[j]) * x.factor * factor[j], noise);
+    return step_element<COUNT>(s, x.p[j], x.g[j], x.m + j, load(x.g[j]) * x.factor * factor[j], noise);
   };
   double agree = 0;
-  const int64_t pairs = MOVES || ROUNDS ? 0 : (r1 - r0) / 2;  // four streams; with a momentum there are three in one row
-  for (int64_t i = r0; i < r0 + pairs; i++) {
-    const Row x = row(i), y = row(i + pairs);
-    agree += for_each(C, [&](int64_t j) INLINED { return step(x, j) + step(y, j); });
+  for (int64_t r0 = in.begin + (in.end - in.begin - 1) / block * block; r0 >= in.begin; r0 -= block) {
+    const int64_t r1 = std::min(in.end, r0 + block);
+    const int64_t pairs = MOVES || ROUNDS ? 0 : (r1 - r0) / 2;  // four streams; with a momentum there are three in one row
+    for (int64_t i = r0; i < r0 + pairs; i++) {
+      const Row x = row(i), y = row(i + pairs);
+      agree += for_each(C, [&](int64_t j) INLINED { return step(x, j) + step(y, j); });
+    }
+    for (int64_t i = r0 + 2 * pairs; i < r1; i++) {
+      const Row x = row(i);
+      agree += for_each(C, [&](int64_t j) INLINED { return step(x, j); });
+    }
   }
-  for (int64_t i = r0 + 2 * pairs; i < r1; i++) {
-    const Row x = row(i);
-    agree += for_each(C, [&](int64_t j) INLINED { return step(x, j); });
-  }
-  if (!COUNT) std::copy(of.new_row + first + r0, of.new_row + first + r1, s.at.row + first + r0);
-  return agree;
-}
-template <bool COUNT> static double group_apply(const Step &s, const Scratch &of, int64_t k) {
-  const int64_t C = s.x.columns, block = s.x.block;
-  const Range in = range_of(k, s.x.rows, s.x.per);
-  double agree = 0;
-  for (int64_t i = in.begin + (in.end - in.begin - 1) / block * block; i >= in.begin; i -= block)
-    agree += rows_apply<COUNT>(s, of, in.slice, i, std::min(in.end, i + block));
-  if (!COUNT && in.begin == 0) std::copy(of.new_col + in.slice * C, of.new_col + (in.slice + 1) * C, s.at.col + in.slice * C);
+  if (!COUNT) std::copy(new_row + in.begin, new_row + in.end, s.at.row + in.slice * s.x.rows + in.begin);
+  if (!COUNT && in.begin == 0) std::copy(new_col, new_col + C, s.at.col + in.slice * C);
   return agree;
 }
 
@@ -525,9 +512,9 @@ struct Tile {
     for (int run = 0; run < runs; run++) {
       P *p = s.at.p + at(run);
       const G *g = s.at.g + at(run);
-      M *m = momentum(s.at.exp_avg, at(run));
+      M *m = s.at.exp_avg + at(run);
       agree += for_each(length, [&, of = run * WIDTH](int64_t k) INLINED {
-        return step_element<COUNT>(s, p[k], g[k], momentum(m, k), load(g[k]) * flat[of + k], ROUNDS ? noise[of + k] : 0);
+        return step_element<COUNT>(s, p[k], g[k], m + k, load(g[k]) * flat[of + k], ROUNDS ? noise[of + k] : 0);
       });
     }
     return agree;
@@ -564,7 +551,7 @@ template <bool TWO, bool COUNT> static double vector_apply(const Step s, int64_t
       if (!COUNT) v[j] = average;
       float noise = 0;
       if (ROUNDS && !COUNT) noise = between(TWO ? along(s.draws, 1, j, 0) : row, along(s.draws, 2, TWO ? j : 0, TWO ? 0 : j));
-      return step_element<COUNT>(s, s.at.p[j], s.at.g[j], momentum(s.at.exp_avg, j), update, noise);
+      return step_element<COUNT>(s, s.at.p[j], s.at.g[j], s.at.exp_avg + j, update, noise);
     });
     if (TWO && !COUNT) std::copy(v + start, v + stop, twin + start);
   }
@@ -603,10 +590,8 @@ static bool is_finite(const Step &s) {
 // 2 to 7, as numbers; gives whether the member is stepped. One thread, the owner, writes what is kept of it.
 static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
   const Numbers &n = s.n;
-  if (n.skips_nonfinite && (s.piece ? s.piece->sums[NONFINITE] > 0 : !std::isfinite(sums.update_sq) && !is_finite(s))) {
-    if (owner) l.skipped[s.x.at] = 1;
-    return false;
-  }
+  if (owner && sums.nonfinite > 0) l.skipped[s.x.at] = 1;
+  if (sums.nonfinite > 0) return false;
   const double rms = std::sqrt(sums.param_sq / s.numel), update_rms = std::sqrt(sums.update_sq / s.numel);
   if (owner) *s.at.rms = (A)rms, *s.at.update_rms = (A)update_rms;
   const double alpha = n.lr * (n.scale_parameter > 0 ? largest(rms, n.min_scale) : 1);
@@ -655,8 +640,7 @@ static void step_member(const Team &team, const Member &x, char *scratch) {
       of.row_sum[k] = 0;
       add_up<CHUNK>(x.rows, of.row_sum[k], none, [&](int64_t i) INLINED { return Pair{of.new_row[k * x.rows + i], 0}; });
     });
-    total.param_sq = s.piece->sums[PARAM_SQ];
-    if (!s.split) total.update_sq = s.piece->sums[REST];
+    total = {s.piece->sums[PARAM_SQ], s.piece->sums[NONFINITE], s.split ? 0 : s.piece->sums[REST], 0, 0};
   } else {
     team.each(x.parts, [&](int64_t k) { part_statistics(s, of, k); });
     if (chunks) team.each(chunks, [&](int64_t k) { columns_of_groups(s, of, k); });
@@ -666,10 +650,10 @@ static void step_member(const Team &team, const Member &x, char *scratch) {
   }
   for (int64_t k = 0; k < chunks && summed == (s.split != NEITHER); k++)
     total.update_sq += of.update_sq[k] * (of.row_sum[k / (chunks / x.slices)] / s.rows);
+  if (!summed && s.n.skips_nonfinite) total.nonfinite = !std::isfinite(total.update_sq + total.row_sum) && !is_finite(s);
   if (l.call == STATISTICS) {
-    const bool suspect = s.n.skips_nonfinite && !std::isfinite(total.update_sq + total.row_sum);
     double *sums = s.piece->sums;
-    if (team.t == 0) sums[PARAM_SQ] = total.param_sq, sums[NONFINITE] = suspect && !is_finite(s);
+    if (team.t == 0) sums[PARAM_SQ] = total.param_sq, sums[NONFINITE] = total.nonfinite;
     if (team.t == 0 && !s.split) sums[REST] = total.update_sq;
     return;
   }
