@@ -23,7 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.cpu import layout
-from adafactor_compiled._fused.cpu.layout import GROUPS, LANES, SLICES, TWICE, VECTOR
+from adafactor_compiled._fused.cpu.layout import LANES, MATRIX, TWICE, VECTOR
 
 ROUNDING = {"lr": 1e-2, "relative_step": False, "stochastic_rounding": True}
 
@@ -36,13 +36,13 @@ def test_against_the_reference(problem: Problem) -> None:
 
 # A kind of member each, large (for all threads) and small, with sizes that fill no vector and no block.
 KINDS: dict[str, tuple[int, list[tuple[int, ...]], str]] = {
-    "matrices": (SLICES, [(24, 40), (13, 7), (2, 2), (1, 9), (9, 1), (1, 1), (300, 17), (5, 3001)], "contiguous"),
-    "large matrices": (GROUPS, [(531, 1030), (1030, 531), (40, 20_001), (50_021, 7)], "contiguous"),
-    "transposed matrices": (SLICES, [(24, 40), (13, 7), (3, 40, 30)], "transposed"),
-    "large transposed matrices": (GROUPS, [(531, 1030)], "transposed"),
-    "slices": (SLICES, [(5, 30, 20), (2, 3, 17, 19)], "contiguous"),
-    "large slices": (SLICES, [(300, 30, 40)], "contiguous"),
-    "large slices of large matrices": (GROUPS, [(3, 600, 501)], "contiguous"),
+    "matrices": (MATRIX, [(24, 40), (13, 7), (2, 2), (1, 9), (9, 1), (1, 1), (300, 17), (5, 3001)], "contiguous"),
+    "large matrices": (MATRIX, [(531, 1030), (1030, 531), (40, 20_001), (50_021, 7)], "contiguous"),
+    "transposed matrices": (MATRIX, [(24, 40), (13, 7), (3, 40, 30)], "transposed"),
+    "large transposed matrices": (MATRIX, [(531, 1030)], "transposed"),
+    "slices": (MATRIX, [(5, 30, 20), (2, 3, 17, 19)], "contiguous"),
+    "large slices": (MATRIX, [(300, 30, 40)], "contiguous"),
+    "large slices of large matrices": (MATRIX, [(3, 600, 501)], "contiguous"),
     "kernels of convolutions": (LANES, [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (5, 2, 1, 3), (9, 2, 16, 16)], "contiguous"),
     "large kernels of convolutions": (LANES, [(130, 257, 3, 3), (130, 90, 5, 5)], "contiguous"),
     "channels-last kernels": (LANES, [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (3, 37, 2, 5)], "channels_last"),
@@ -95,7 +95,7 @@ def test_kinds_are_what_they_are_said_to_be(name: str) -> None:
     for member in optimizer._stepper._plans[None].table.members:
         cut = cut_of(member.of)
         seen.append(cut.kind)
-        assert (cut.parts > 1) == ("large" in name)
+        assert cut.large == ("large" in name)
     assert set(seen) == {kind}
 
 

@@ -31,52 +31,43 @@ class Launch:
 
     def __init__(self, kernels: Kernels, shape_class: ShapeClass, positions: list[int], cuts: list[Cut]) -> None:
         self.kernels, self.shape_class, self.positions = kernels, shape_class, positions
-        first = [(cut.parts == 1, -cut.slices * cut.rows * cut.columns, i) for i, cut in enumerate(cuts)]
+        first = [(not cut.large, -cut.slices * cut.rows * cut.columns, i) for i, cut in enumerate(cuts)]
         order = [i for *_, i in sorted(first)]  # large ones, then what takes long
-        self._large = sum(cut.parts > 1 for cut in cuts)
+        self._large = sum(cut.large for cut in cuts)
         self._members = array("q", [x for i in order for x in (i, *cuts[i])])
         self.ran = False
-        self._pieces: array[int] | None = None
-        self._room: Room | None = None  # as the library has it
+        self.share([None] * len(cuts))
 
     def forget(self) -> None:
         pass
 
     def share(self, pieces: Sequence[Piece | None]) -> None:
-        rows = [x or (0,) * len(Piece._fields) for x in pieces]
-        self._pieces, self._room = array("q", [x for row in rows for x in row]) if any(pieces) else None, None
+        self._pieces = array("q", [x for piece in pieces for x in (*(piece or (0,) * len(Piece._fields)), 0)])
+        self._shared = any(pieces)
+        self._sizes: list[int] | None = None
+        self._kept = bytearray()
 
     def run(self, addresses: array[int], numbers: array[float] | Tensor, draws: Tensor | None, call: int = STEP) -> array[int]:
         """See `_fused/launches.py`."""
         if isinstance(numbers, Tensor):
             numbers = array("d", numbers.flatten().tolist())
         library, count = library_of(self.kernels), len(self.positions)
-        pieces = None if self._pieces is None else _address(self._pieces)
-        if self._room is None:
-            self._room = library.room(_address(self._members), count, self._large, pieces)
-        scratch_each, room_each, kept_at, kept = self._room
+        members = [_address(self._members), _address(self._pieces), count, self._large]
+        if self._sizes is None:
+            launch = array("q", [*members, *bytes(14)])
+            library.sizes(_address(launch))
+            *self._sizes, kept = launch[4:7]
+            self._kept = bytearray(kept + LINE)
+        scratch_each, room_each = self._sizes
         threads = torch.get_num_threads() if library.threads and not _forked else 1
         # Memory of Python's, since a mode of torch may make something else of a tensor.
         scratch = bytearray(2 * scratch_each + threads * room_each + LINE)
         report = array("q", bytes(8 * (count + 1)))  # of each member whether it was skipped; and whether all is done
+        found = [_address(addresses), _address(numbers), 0 if draws is None else draws.data_ptr(), _address(report)]
+        memory = [_line_of(scratch), _line_of(self._kept)]
+        launch = array("q", [*members, *self._sizes, 0, *found, *memory, call, self._shared, threads, 0, 0])
         try:
-            library.step(
-                _address(addresses),
-                _address(self._members),
-                _address(numbers),
-                None if draws is None else draws.data_ptr(),
-                _address(report),
-                count,
-                self._large,
-                _line_of(scratch),
-                scratch_each,
-                room_each,
-                pieces,
-                _line_of(kept),
-                _address(kept_at),
-                call,
-                threads,
-            )
+            library.step(_address(launch))
         finally:  # an interrupt comes when the call is over
             self.ran = bool(report[count])
         return report[:count]
@@ -92,26 +83,12 @@ def _line_of(memory: bytearray) -> int:
     return -(-begin // LINE) * LINE
 
 
-class Room(NamedTuple):
-    """What a launch takes beside its members."""
-
-    scratch_each: int  # bytes, of a large member
-    room_each: int  # bytes, of a thread
-    kept_at: array[int]  # of each piece, its place in
-    kept: bytearray  # what a call leaves for the next
-
-
 class Library(NamedTuple):
     """What is compiled for members of some types."""
 
     step: Any
     sizes: Any
     threads: bool  # whether it may use more than one
-
-    def room(self, members: int, count: int, large: int, pieces: int | None) -> Room:
-        scratch_each, room_each, kept_at = ctypes.c_int64(), ctypes.c_int64(), array("q", bytes(8 * (count + 1)))
-        self.sizes(members, count, large, pieces, ctypes.byref(scratch_each), ctypes.byref(room_each), _address(kept_at))
-        return Room(scratch_each.value, room_each.value, kept_at, bytearray(kept_at[count] + LINE))
 
 
 @functools.cache
@@ -121,15 +98,12 @@ def library_of(of: Kernels) -> Library:
     Raises:
         Unavailable: it cannot be.
     """
-    defines = [f"PARAM={TYPES[of.dtype]}", f"GRAD={TYPES[of.grad_dtype]}", f"ROUNDING={of.rounding:d}", f"LEAST={LEAST_SHARE}"]
-    if of.momentum is not None:
-        defines.append(f"MOMENTUM={TYPES[of.momentum.dtype]}")
-    library = build.load(SOURCE, (*defines, f"CAUTIOUS={is_cautious(of.momentum):d}"))
+    momentum = "A" if of.momentum is None else TYPES[of.momentum.dtype]
+    types = f"PARAM={TYPES[of.dtype]}", f"GRAD={TYPES[of.grad_dtype]}", f"MOMENTUM={momentum}"
+    flags = f"MOVES={of.momentum is not None:d}", f"ROUNDING={of.rounding:d}", f"CAUTIOUS={is_cautious(of.momentum):d}"
+    library = build.load(SOURCE, (*types, *flags, f"LEAST={LEAST_SHARE}"))
     step, sizes = library.adafactor_step, library.adafactor_sizes
-    pointer, number = ctypes.c_void_p, ctypes.c_int64
-    of_members, of_pieces = [pointer] * 5 + [number] * 2 + [pointer, number, number], [pointer] * 3 + [number]
-    step.argtypes = [*of_members, *of_pieces, ctypes.c_int]
-    sizes.argtypes = [pointer, number, number, pointer, pointer, pointer, pointer]
+    step.argtypes = sizes.argtypes = [ctypes.c_void_p]
     step.restype = sizes.restype = None
     return Library(step, sizes, build.threads_of(library))
 

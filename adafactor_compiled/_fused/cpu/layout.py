@@ -13,7 +13,7 @@ from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._state.shape_class import ShapeClass
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-GROUPS, SLICES, LANES, VECTOR, TWICE = range(5)  # kinds of members, as step.cpp has them
+MATRIX, LANES, VECTOR, TWICE = range(4)  # kinds of members, as step.cpp has them
 LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
 LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
 BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads
@@ -41,12 +41,17 @@ class Cut(NamedTuple):
     rows: int
     columns: int
     parts: int
-    per: int  # rows, slices or elements of a part
+    per: int  # rows of a slice, slices or elements of a part
     block: int
     inner: int
     outer_stride: int
     row_stride: int
     column_stride: int
+
+    @property
+    def large(self) -> bool:
+        """Whether all threads step it."""
+        return self.parts > 1 and self.slices * self.rows * self.columns > LARGE
 
 
 @cached
@@ -77,7 +82,7 @@ def cut_of(of: ShapeClass, split: int | None = None) -> Cut | None:
     if split in (ROWS, COLUMNS):
         *lead, rows, columns = of.shape
         slices = math.prod(lead)
-        return _groups(slices, rows, columns) if contiguous and slices else None
+        return _matrix(slices, rows, columns) if contiguous and slices else None
     if not of.numel:
         return None if split is None else Cut(VECTOR, False, 1, 1, 0, 1, LANE, 0, 0, 0, 0, 0)
     if not of.factored:
@@ -90,9 +95,9 @@ def cut_of(of: ShapeClass, split: int | None = None) -> Cut | None:
         return _lanes(of, slices, contiguous)
     transposed = (*contiguous_stride((*lead, columns, rows))[:-2], 1, rows)
     if contiguous and columns > 1:
-        return _matrix(False, slices, rows, columns)
+        return _matrix(slices, rows, columns)
     if all(same_layout(of.shape, x, transposed) for x in strides):  # a column alone is its transpose too
-        return _matrix(True, slices, columns, rows)
+        return _matrix(slices, columns, rows, swapped=True)
     return None
 
 
@@ -121,20 +126,10 @@ def _lanes(of: ShapeClass, slices: int, contiguous: bool) -> Cut | None:
     return Cut(LANES, False, slices, rows, columns, *_parts(of.numel, rows * columns, slices, LANE), 0, *strides)
 
 
-def _matrix(swapped: bool, slices: int, rows: int, columns: int) -> Cut:
-    if rows * columns <= LARGE or rows < 16:
-        parts, per = _parts(slices * rows * columns, rows * columns, slices)
-        return Cut(SLICES, swapped, slices, rows, columns, parts, per, _block(columns), slices, 0, 0, 0)
-    return _groups(slices, rows, columns, swapped)
-
-
-def _block(columns: int) -> int:
-    return min(ROWS_OF_BLOCK, max(4, BLOCK // max(columns, 1) // 4 * 4))
-
-
-def _groups(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:
+def _matrix(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:
     least = -(-LEAST_GROUPS // slices) if rows * columns > LARGE else 1
     groups = max(1, min(MOST_GROUPS, rows // 8, max(least, rows * columns // GROUP)))
     per = max(4, -(-rows // groups // 4) * 4)
     parts = slices * max(1, -(-rows // per))
-    return Cut(GROUPS, swapped, slices, rows, columns, parts, per, min(_block(columns), per), slices, 0, 0, 0)
+    block = min(ROWS_OF_BLOCK, per, max(4, BLOCK // max(columns, 1) // 4 * 4))
+    return Cut(MATRIX, swapped, slices, rows, columns, parts, per, block, slices, 0, 0, 0)
