@@ -75,7 +75,7 @@ def _first(members: Members) -> tuple[Tensor, Averages]:
 
 def rows_of(members: Members) -> int:
     """What the columns of a whole parameter are averaged over."""
-    return math.prod(members.own[0].shape) // math.prod(members.shared[0].shape[:-1]) if members.shared else 0
+    return math.prod(members.own[0].shape[-1 - _blocks(members) :]) if members.shared else 0
 
 
 def statistics(members: Members) -> Sums:

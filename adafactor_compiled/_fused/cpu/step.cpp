@@ -1,8 +1,8 @@
 // One Adafactor step of all members of a table, in one parallel region.
 //
 // The numbered steps are those of _update/reference.py. What a build chooses: PARAM, GRAD and MOMENTUM, the types of parameter,
-// gradient and momentum (A without one); MOVES, whether there is one; ROUNDING and CAUTIOUS. State and arithmetic are of type A,
-// sums over blocks of type double.
+// gradient and momentum, A without one; MOVES, whether there is one; ROUNDING and CAUTIOUS. State and arithmetic are of type
+// A, sums over blocks of type double.
 //
 // A member has parts, each read by one thread: groups of rows of a matrix, else slices of it or chunks of a vector. First come
 // the *statistics* of all parts, which write nothing but scratch; then *finish*, which knows both RMS; then every part is
@@ -186,7 +186,7 @@ template <class F> inline INLINED int for_each(int64_t n, const F &f) {
   return total;
 }
 struct Pair { A x, y; };
-// Sums of type double of sums of type A of SPAN numbers each.
+// Two sums of type double of sums of type A of SPAN numbers each, or one.
 template <int SPAN, class F> inline INLINED void add_up(int64_t n, double &x, double &y, const F &f) {
   for (int64_t start = 0; start < n; start += SPAN) {
     const int64_t end = std::min(n, start + SPAN);
@@ -198,6 +198,11 @@ template <int SPAN, class F> inline INLINED void add_up(int64_t n, double &x, do
     }
     x += of_x, y += of_y;
   }
+}
+template <int SPAN, class F> inline INLINED double sum_of(int64_t n, const F &f) {
+  double sum = 0, none = 0;
+  add_up<SPAN>(n, sum, none, [&](int64_t j) INLINED { return Pair{f(j), 0}; });
+  return sum;
 }
 
 // Of a member, in the scratch of a thread or of all; of a piece what a call leaves for the next is kept.
@@ -235,14 +240,15 @@ struct Scratch {
 
 // Matrices: groups of rows, whose sums of columns are added up before any row is applied.
 
-// Rows r0 to r1 of a slice: new rows and the sums of their columns, added to `sq` and `weighted` (each row divided by its new
-// average). Rows go in fours that lie a quarter of the block apart: eight streams are as many reads that miss at a time. The next
+// Rows r0 to r1 of a slice: new rows and the sums of their columns, plain and of each row divided by its new average, added to
+// `sq`. Rows go in fours that lie a quarter of the block apart: eight streams are as many reads that miss at a time. The next
 // four are fetched while the columns of these, in the first-level cache, are summed.
-static void rows_statistics(const Step &s, const Scratch &of, int64_t slice, int64_t r0, int64_t r1, A *sq, A *weighted, Sums &sums) {
+static void rows_statistics(const Step &s, const Scratch &of, int64_t slice, int64_t r0, int64_t r1, A *sq, Sums &sums) {
   constexpr int64_t SPAN = 4096;  // columns that are summed in one go
   const int64_t R = s.x.rows, C = s.x.columns, q = (r1 - r0) / 4;
   const P *p = s.at.p + slice * R * C;
   const G *g = s.at.g + slice * R * C;
+  A *weighted = sq + C;
   const auto new_row = [&](int64_t i, double of_row) {
     const A v = of.new_row[slice * R + i] = s.average(s.at.row[slice * R + i], (A)(of_row / C));
     sums.row_sum += v;
@@ -306,13 +312,13 @@ static void group_statistics(const Step &s, const Scratch &of, int64_t k) {
   std::fill(total, total + 2 * C, 0.0);
   for (int64_t i = in.begin; i < in.end; i += s.x.block) {
     std::fill(block, block + 2 * C, (A)0);
-    rows_statistics(s, of, in.slice, i, std::min(in.end, i + s.x.block), block, block + C, sums);
+    rows_statistics(s, of, in.slice, i, std::min(in.end, i + s.x.block), block, sums);
     SIMD for (int64_t j = 0; j < 2 * C; j++) total[j] += block[j];
   }
   of.sums[k] = sums;
 }
-// A chunk of the new averages of columns, or of rows where columns are split, from the sums of all; and the sum of the squares of
-// the update, but for the row mean.
+// A chunk of the new averages of columns, or of rows where columns are split, from the sums of all; and the sum of the squares
+// of the update, but for the row mean.
 static void new_averages(const Step &s, const Scratch &of, int64_t k, bool of_rows) {
   const Member &x = s.x;
   const int64_t count = of_rows ? x.rows : x.columns;
@@ -358,7 +364,7 @@ static void columns_of_groups(const Step &s, const Scratch &of, int64_t k) {
   std::copy(total + in.begin, total + in.end, sq + in.begin);
   std::copy(total + C + in.begin, total + C + in.end, weighted + in.begin);
 }
-// Where columns are split, of the rows of a group: sums of their squares, plain and each divided by the new average of its column.
+// Where columns are split, of the rows of a group: sums of their squares, plain and each divided by its column's new average.
 static void weighted_rows(const Step &s, const Scratch &of, int64_t k) {
   const int64_t C = s.x.columns, R = s.x.rows;
   const Range in = range_of(k, R, s.x.per);
@@ -412,7 +418,7 @@ constexpr int WIDTH = 64 / sizeof(A), MOST = 256;  // lanes; elements of a slice
 typedef A V __attribute__((vector_size(64)));
 
 template <bool BACK, class T> inline INLINED void move(T &x, T &y) { BACK ? x = y : y = x; }
-// Each third number to a run of its own, `apart` from the next, or back. Runs of constant length become two permutations a vector.
+// Each third number to a run of its own, `apart` from the next, or back: of constant length, two permutations a vector.
 template <bool BACK, class T> inline INLINED void thirds(T *x, T *to, int count, int apart) {
   SIMD for (int k = 0; k < count; k++)
     move<BACK>(x[3 * k], to[k]), move<BACK>(x[3 * k + 1], to[apart + k]), move<BACK>(x[3 * k + 2], to[2 * apart + k]);
@@ -482,14 +488,11 @@ struct Tile {
       update_sq += of_row / row[i];
     }
     update_sq *= row_sum;  // beside large rows, their ratio to one without gradient overflows
-    A total = 0;
-    #pragma omp simd reduction(+ : total)
-    for (int k = 0; k < WIDTH; k++) total += k < w ? ((const A *)&update_sq)[k] : 0;
-    sums.update_sq += total / R;
+    const A *of = (const A *)&update_sq;
+    sums.update_sq += (A)sum_of<WIDTH>(WIDTH, [&](int64_t k) INLINED { return k < w ? of[k] : 0; }) / R;
     for (int run = 0; run < runs; run++) {
       const P *p = s.at.p + at(run);
-      double none = 0;
-      add_up<MOST * WIDTH>(length, sums.param_sq, none, [&](int64_t k) INLINED { return Pair{load(p[k]) * load(p[k]), 0}; });
+      sums.param_sq += sum_of<MOST * WIDTH>(length, [&](int64_t k) INLINED { return load(p[k]) * load(p[k]); });
     }
   }
   template <bool COUNT> double apply() {
@@ -560,6 +563,12 @@ template <bool TWO, bool COUNT> static double vector_apply(const Step s, int64_t
 
 // A step.
 
+template <class F> inline void for_tiles(const Step &s, const Range &in, const F &f) {
+  for (int64_t n = in.begin; n < in.end;) {
+    Tile tile(s, n, in.end);
+    f(tile), n += tile.w;
+  }
+}
 static Range part_of(const Member &x, int64_t k) { return range_of(k, x.kind == LANES ? x.slices : x.columns, x.per); }
 static void part_statistics(const Step &s, const Scratch &of, int64_t k) {
   if (s.x.kind == MATRIX) return group_statistics(s, of, k);
@@ -567,7 +576,7 @@ static void part_statistics(const Step &s, const Scratch &of, int64_t k) {
   Sums sums = {};
   if (s.x.kind == VECTOR) vector_statistics<false>(s, in.begin, in.end, sums);
   if (s.x.kind == TWICE) vector_statistics<true>(s, in.begin, in.end, sums);
-  for (int64_t n = in.begin; s.x.kind == LANES && n < in.end;) { Tile tile(s, n, in.end); tile.statistics(sums); n += tile.w; }
+  if (s.x.kind == LANES) for_tiles(s, in, [&](Tile &tile) { tile.statistics(sums); });
   of.sums[k] = sums;
 }
 template <bool COUNT> static double part_apply(const Step &s, const Scratch &of, int64_t k) {
@@ -576,16 +585,14 @@ template <bool COUNT> static double part_apply(const Step &s, const Scratch &of,
   if (s.x.kind == VECTOR) return vector_apply<false, COUNT>(s, in.begin, in.end);
   if (s.x.kind == TWICE) return vector_apply<true, COUNT>(s, in.begin, in.end);
   double agree = 0;
-  for (int64_t n = in.begin; n < in.end;) { Tile tile(s, n, in.end); agree += tile.apply<COUNT>(); n += tile.w; }
+  for_tiles(s, in, [&](Tile &tile) { agree += tile.apply<COUNT>(); });
   return agree;
 }
 
 inline double largest(double x, double y) { return x > y || x != x ? x : y; }  // a NaN stays one
 static bool is_finite(const Step &s) {
   const int64_t n = s.x.slices * s.x.rows * s.x.columns;
-  bool finite = true;
-  for (int64_t j = 0; j < n; j++) finite &= load(s.at.g[j]) - load(s.at.g[j]) == 0;
-  return finite;
+  return sum_of<512>(n, [&](int64_t j) INLINED { return load(s.at.g[j]) - load(s.at.g[j]); }) == 0;
 }
 // 2 to 7, as numbers; gives whether the member is stepped. One thread, the owner, writes what is kept of it.
 static bool finish(const Launch &l, Step &s, const Sums &sums, bool owner) {
@@ -611,7 +618,7 @@ struct Team {
     for (int64_t k = begin(count); k < end(count); k++) f(k);
     if (threads > 1) wait();
   }
-  // Not OpenMP's barrier: where other processes have the cores, who waits for a thread that waits for a core should give up its own.
+  // Not OpenMP's barrier: where others have the cores, who waits for a thread that waits for a core should give up its own.
   void wait() const {
     const int round = __atomic_load_n(&l.round, __ATOMIC_ACQUIRE);
     if (__atomic_add_fetch(&l.arrived, 1, __ATOMIC_ACQ_REL) == threads) {
@@ -624,7 +631,7 @@ struct Team {
     }
   }
 };
-// A team waits for itself at least once in each member, after which none of it is in the one before.
+// A team waits for itself at least once in each member, if only for nothing, after which none of it is in the one before.
 static void step_member(const Team &team, const Member &x, char *scratch) {
   const Launch &l = team.l;
   Step s(l, x);
@@ -634,11 +641,9 @@ static void step_member(const Team &team, const Member &x, char *scratch) {
   const int64_t chunks = x.kind == MATRIX ? x.slices * ranges(of_rows ? x.rows : x.columns, CHUNK) : 0;
   Sums total = {};
   if (summed) {
-    if (s.split) team.each(chunks, [&](int64_t k) { new_averages(s, of, k, of_rows); });
+    team.each(s.split ? chunks : 0, [&](int64_t k) { new_averages(s, of, k, of_rows); });
     if (of_rows) team.each(x.slices, [&](int64_t k) {
-      double none = 0;
-      of.row_sum[k] = 0;
-      add_up<CHUNK>(x.rows, of.row_sum[k], none, [&](int64_t i) INLINED { return Pair{of.new_row[k * x.rows + i], 0}; });
+      of.row_sum[k] = sum_of<CHUNK>(x.rows, [&](int64_t i) INLINED { return of.new_row[k * x.rows + i]; });
     });
     total = {s.piece->sums[PARAM_SQ], s.piece->sums[NONFINITE], s.split ? 0 : s.piece->sums[REST], 0, 0};
   } else {
@@ -667,8 +672,8 @@ static void step_member(const Team &team, const Member &x, char *scratch) {
   if (CAUTIOUS) s.share = (A)std::max((summed ? *s.piece->agree : total.agree) / s.numel, LEAST_SHARE);
   for (int64_t k = team.end(x.parts) - 1; k >= team.begin(x.parts); k--) part_apply<false>(s, of, k);
 }
-// Scratch of a large member is another one than the last member's, which others may still be applying. What ranks have added up is
-// applied in the other order: the last statistics are in cache.
+// Scratch of a large member is another one than the last member's, which others may still be applying. What ranks have added
+// up is applied in the other order: the last statistics are in cache.
 static void step_members(const Team &team) {
   Launch &l = team.l;
   char *room = l.scratch + 2 * l.scratch_each + team.t * l.room_each;
