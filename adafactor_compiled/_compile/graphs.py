@@ -36,7 +36,7 @@ def _step(lists: tuple[Any, ...], table: Tensor, *rest: Any) -> Tensor:
 
 def run(graph: Graph, members: Members) -> Tensor:
     """Step the members of a call; gives the RMS of each and of its update, shape [2, k]."""
-    measured: Tensor = compiled(graph)(members[:6], members.table, *members[8:])
+    measured: Tensor = compiled(graph)(members[:6], members.table.contiguous(), *members[8:])
     return measured
 
 

@@ -12,19 +12,28 @@ from ranks import Ranks
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all tests share
 
 
+CHECKS = 12  # of the same ranks
+
+
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
-    """`ranks(n)`: n ranks that are kept for the next test of a file, and made anew after a check has failed on them.
+    """`ranks(n)`: n ranks that are kept for the next tests of a file, and made anew after a check has failed on them.
 
-    Not for longer: gloo polls in a thread for each mesh that ever was, all together half of a two-core machine in the end.
+    Not for longer, and none of another number beside them: gloo polls in a thread for each mesh that ever was, and all these
+    threads together leave nothing of a machine of two cores in the end.
     """
-    kept: dict[int, Ranks] = {}
+    kept: list[Ranks] = []
+    checks = 0
 
     def get(size: int) -> Ranks:
-        if size not in kept or kept[size].closed:
-            kept[size] = Ranks(size)
-        return kept[size]
+        nonlocal checks
+        if not kept or kept[0].closed or kept[0].size != size or checks == CHECKS:
+            for group in kept:
+                group.close()
+            kept[:], checks = [Ranks(size)], 0
+        checks += 1
+        return kept[0]
 
     yield get
-    for group in kept.values():
+    for group in kept:
         group.close()
