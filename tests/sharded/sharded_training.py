@@ -93,5 +93,7 @@ def train_beside_unsharded(
     assert_replicas_agree(mine, params)
     limit = max(TOLERANCES[q.dtype].state for q in whole)
     for ours, theirs in zip(mine.telemetry(), reference.telemetry(), strict=True):
+        if steps == 1:  # the first update of a vector has an RMS of 1: whether it is clipped is a matter of the last digit
+            ours = ours._replace(clipped=theirs.clipped)
         assert ours == pytest.approx(theirs, rel=limit)
     return mine
