@@ -202,7 +202,9 @@ def test_parameters_made_in_inference_mode(path: dict[str, Any], options: dict[s
         optimizer.step()
         expected.step()
         optimizer.load_state_dict(optimizer.state_dict())
-    assert all(torch.equal(p, q) for p, q in zip(params, others, strict=True))
+    for p, q in zip(params, others, strict=True):  # by a graph of their own, which may round a last digit otherwise
+        last_digit = 2.0**-23 if path.get("compile") and dtype is torch.float32 else 0.0
+        torch.testing.assert_close(p, q, rtol=last_digit, atol=0.0)
 
 
 def in_one_memory(params: list[Tensor], kind: str) -> None:

@@ -88,9 +88,12 @@ def statistics(members: Members) -> Sums:
     means = _stack([_sum_along(-1, x) for x in squared]) / squared[0].shape[-1]
     own = moving_average(_stack(members.own), means, numbers.unsqueeze(means.ndim - 1))
     shared_sq = _over_rows(members, squared)
-    roots = _kept(own.rsqrt()).unsqueeze(-1).unbind()  # in a graph two products take half the time of a quotient
-    for _ in range(2):
-        torch._foreach_mul_(squared, roots)
+    if torch.compiler.is_compiling():  # where two products take half the time of a quotient
+        roots = _kept(own.rsqrt()).unsqueeze(-1).unbind()
+        for _ in range(2):
+            torch._foreach_mul_(squared, roots)
+    else:
+        torch._foreach_div_(squared, own.unsqueeze(-1).unbind())
     own_sum = own.flatten(own.ndim - 1 - _blocks(members)).sum(-1)
     return Sums(param_sq, own, own_sum, shared_sq, _over_rows(members, squared))
 

@@ -10,8 +10,8 @@ from parameters import parameters, set_gradients
 from paths import PATHS
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._step import run
-from adafactor_compiled._update import reference
+from adafactor_compiled._compile import graphs
+from adafactor_compiled._update import multi_tensor, reference
 
 SHAPES = [(6, 8), (6, 8), (4, 4), (5,), (5,), ()]
 
@@ -41,8 +41,8 @@ def told(error):
 INTERRUPTED = {
     # path: (module, function that is called part by part, stepped before its second call, as the note has it)
     "reference": (reference, "step_parameter", [0], ": of 6 parameters, 0 had been stepped"),
-    "multi-tensor": (run, "_run_part", [0, 1], ": of 6 parameters, 0-1 had been stepped"),
-    "compiled": (run, "run_call", [0, 1, 2], ": of 6 parameters, 0-2 had been stepped"),
+    "multi-tensor": (multi_tensor, "apply", [0, 1], ": of 6 parameters, 0-1 had been stepped"),
+    "compiled": (graphs, "run", [0], ": of 6 parameters, 0 had been stepped"),
 }
 
 
