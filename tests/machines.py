@@ -24,10 +24,9 @@ import torch
 import torch._dynamo
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._compile import options
+from adafactor_compiled._compile import calls
 
-for function, k in options.MEMBERS.items():  # calls of less code
-    options.MEMBERS[function] = min(k, 2)
+calls.K = 2  # calls of less code
 
 
 def make():

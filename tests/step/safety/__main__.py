@@ -7,13 +7,12 @@ import sys
 import traceback
 import warnings
 
-from adafactor_compiled._compile import options
+from adafactor_compiled._compile import calls
 from safety import CASES
 
 
 def main(jobs: list[str]) -> None:
-    for function, k in options.MEMBERS.items():  # calls of less code: half of a compilation is spent on it
-        options.MEMBERS[function] = min(k, 2)
+    calls.K = 2  # calls of less code: half of a compilation is spent on it
     warnings.filterwarnings("error", "Adafactor steps without")
     runs = {name: run for cases in CASES.values() for name, run in cases.items()}
     for job in jobs:
