@@ -19,6 +19,7 @@ class Tables:
     def __init__(self, tables: list[Tensor], draws: Mapping[int, Tensor]) -> None:
         self.tables, self.draws_of_each = tables, draws
         self._stacked: dict[tuple[int, ...], Tensor] = {}
+        self._numbers: dict[int, Numbers] = {}  # by the id of a table
 
     def dtype_of(self, positions: Sequence[int]) -> torch.dtype:
         """That of the arithmetic of some of one class."""
@@ -39,7 +40,9 @@ class Tables:
         """Python numbers, where all have the same and no input is a tensor."""
         first = self.tables[positions[0]]
         if not torch.compiler.is_compiling() and all(self.tables[i] is first for i in positions):
-            numbers = numbers_of_entry(entries[positions[0]])
+            numbers = self._numbers.get(id(first))
+            if numbers is None:
+                numbers = self._numbers[id(first)] = numbers_of_entry(entries[positions[0]])
             if not any(isinstance(x, Tensor) for x in numbers):
                 return numbers
         return Numbers.of(self.of(positions))
