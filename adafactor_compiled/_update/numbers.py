@@ -36,7 +36,6 @@ class Numbers(NamedTuple):
     decay_by_lr: Any  # 1 where weight decay is scaled by the learning rate in use, or 0
     sign: Any  # -1 to maximize
     skips_nonfinite: Any  # 1 where a gradient with NaN or inf steps nothing, or 0
-    one: Any  # 1, but a graph does not know it
 
     @classmethod
     def of(cls, table: Tensor) -> Numbers:
@@ -93,7 +92,6 @@ def plain_numbers(group: Group, step: Any) -> Numbers:
         decay_by_lr=float(group["weight_decay_scale"] == "lr"),
         sign=-1.0 if group["maximize"] else 1.0,
         skips_nonfinite=float(group["nonfinite"] == "skip"),
-        one=1.0,
     )
 
 

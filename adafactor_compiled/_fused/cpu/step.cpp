@@ -84,7 +84,7 @@ enum { PARAM_SQ, NONFINITE, REST };  // in its sums
 enum { STATISTICS, COUNT, STEP };  // what a call does; of members that are no pieces the last one does all
 struct Numbers {
   double lr, beta2, one_minus_beta2, eps, min_scale, scale_parameter, clip_threshold, beta1, one_minus_beta1, weight_decay;
-  double decay_by_lr, sign, skips_nonfinite, one;
+  double decay_by_lr, sign, skips_nonfinite;
 };
 constexpr double LEAST_SHARE = LEAST;  // numbers.py
 struct Launch {  // as in launches.py
