@@ -60,19 +60,18 @@ class Adafactor(Optimizer):
         foreach: False takes the eager per-parameter path, uncompiled; True a multi-tensor path.
         compile: True compiles the multi-tensor path with torch.compile and raises where that does not work; False keeps it
             eager.
-        fused: True steps by kernels of our own, C++ on a CPU and Triton on a GPU, and raises where those cannot be compiled.
-            By default fused kernels step what they can; where they cannot be compiled a warning says why, and the multi-tensor
-            path steps, compiled if that works.
+        fused: True steps by kernels, C++ on a CPU and Triton on a GPU, and raises where those cannot be compiled. By default
+            they step what they can; where none can be compiled a warning says why, and the multi-tensor path steps.
         maximize: maximize the objective; gradients are left as they are.
         capturable: keep step counts and learning rates in tensors on the parameters' device, for steps inside torch.compile or
             a CUDA graph; a float `lr` becomes a 0-dim tensor in `param_groups`, which schedulers change in place.
         stochastic_rounding: round bfloat16 and float16 parameters up or down at random: small updates count on average.
         rounding_seed: seed of that rounding; the same seed, step and parameter draw the same everywhere.
-        nonfinite: "skip" leaves a parameter and its state, copied ahead, as they are when its gradient has a NaN or inf,
-            decided on the device; "propagate" steps with what is there.
+        nonfinite: "skip" leaves a parameter and its state as they are when its gradient has a NaN or inf, decided on the
+            device; "propagate" steps with what is there.
         min_dim_size_to_factor: keep the whole second moment of a parameter whose rows or columns are fewer (optax has 128).
         factor_dims: "last" takes the last two dimensions for rows and columns, "largest" the two largest, as optax does: a
-            512 x 512 x 3 x 3 kernel then keeps 9,216 numbers and not 1.5 million. Compiled where the other dimensions are 1.
+            512 x 512 x 3 x 3 kernel then keeps 9,216 numbers and not 1.5 million.
         beta2_cap: the most that beta2 becomes; None for no cap (0.999 in https://arxiv.org/abs/2106.04560).
         decay_offset: steps that beta2 does not count, for a run that goes on from another one, as in optax.
         momentum_dtype: the dtype that the momentum is kept in, torch.bfloat16 for half of its memory; None for float32.
@@ -105,11 +104,9 @@ class Adafactor(Optimizer):
         >>> optimizer = Adafactor(model.parameters(), lr=1e-3, relative_step=False, compile=False)
         >>> model(torch.ones(1, 4)).sum().backward()
         >>> optimizer.step()
-        >>> optimizer.zero_grad()
 
     References:
-        Shazeer and Stern, https://arxiv.org/abs/1804.04235; `transformers.optimization.Adafactor`, from which it differs in
-        edge cases that the README lists.
+        Shazeer and Stern, https://arxiv.org/abs/1804.04235; transformers' Adafactor, but for edge cases that the README lists.
     """
 
     _in_backward: Hooks | None = None
@@ -291,11 +288,10 @@ class Adafactor(Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients, which saves their memory, or set them to zero."""
-        # Optimizer.zero_grad breaks the graph of a compiled training loop; this loop does not.
         if self._in_backward is not None:
             self._in_backward.check(self)
             set_to_none = True
-        for group in self.param_groups:
+        for group in self.param_groups:  # Optimizer.zero_grad breaks the graph of a compiled training loop
             for param in group["params"]:
                 if set_to_none:
                     param.grad = None
@@ -313,8 +309,8 @@ class Adafactor(Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a state of this class or of transformers' Adafactor, saved in any mode.
 
-        `foreach`, `compile` and `capturable` stay as they are here: how a step runs is not part of a checkpoint. A step that a
-        CUDA graph has captured must be captured again, since the loaded state lies elsewhere: a UserWarning says so.
+        `foreach`, `compile`, `fused` and `capturable` stay as they are here: how a step runs is not part of a checkpoint. A
+        step that a CUDA graph has captured must be captured again, since its state lies elsewhere: a UserWarning says so.
 
         Raises:
             ValueError: a state that does not fit, naming the parameter; the optimizer is then as it was.

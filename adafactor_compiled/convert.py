@@ -8,28 +8,18 @@ checkpoints load as they are.)
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._state.moments import factored_dims, largest_dims
-from adafactor_compiled._state.options import LAYOUT, Group
+from adafactor_compiled._state.conversion import Refused, converted, factored_as, field, last_two
+from adafactor_compiled._state.moments import State, factored_dims, largest_dims
+from adafactor_compiled._state.options import Group
 
-State = dict[str, Any]
 RELATIVE_LR = 1e-2  # the most that `relative_step` chooses
-# What no other optimizer has unless its converter says so.
-NEUTRAL = {"beta2_cap": None, "decay_offset": 0, "momentum_dtype": None, "cautious": False, "weight_decay_scale": "lr"}
-
-
-class Refused(ValueError):
-    """What of a checkpoint cannot be carried over, one reason each; the message is the first and how many more there are."""
-
-    def __init__(self, reasons: Sequence[str]) -> None:
-        super().__init__(reasons[0] + f" (and {len(reasons) - 1} more, see `refusals`)" * (len(reasons) > 1))
-        self.reasons = list(reasons)
 
 
 def refusals(
@@ -85,18 +75,18 @@ def from_torch(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str,
         }
 
     def state(saved: State, _: Group, group: Group, param: Tensor, where: str) -> State:
-        step = int(_field(saved, "step", where))
+        step = int(field(saved, "step", where))
         if param.ndim < 2:
-            return {"step": step, "exp_avg_sq": _field(saved, "variance", where)}
-        row, col = _field(saved, "row_var", where), _field(saved, "col_var", where)
+            return {"step": step, "exp_avg_sq": field(saved, "variance", where)}
+        row, col = field(saved, "row_var", where), field(saved, "col_var", where)
         if row.ndim != param.ndim or col.ndim != param.ndim or row.shape[-1] != 1 or col.shape[-2] != 1:
             raise ValueError(
                 f"`row_var` and `col_var` {where} should have shapes {(*param.shape[:-1], 1)} and "
                 f"{(*param.shape[:-2], 1, param.shape[-1])} but have {tuple(row.shape)} and {tuple(col.shape)}"
             )
-        return {"step": step, **_factored({-1: row.squeeze(-1), -2: col.squeeze(-2)}, group, param, where)}
+        return {"step": step, **factored_as({-1: row.squeeze(-1), -2: col.squeeze(-2)}, group, param, where)}
 
-    return _convert(state_dict, optimizer, options, state)
+    return converted(state_dict, optimizer, options, state)
 
 
 def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, Any]:
@@ -143,24 +133,24 @@ def from_timm(state_dict: Mapping[str, Any], optimizer: Optimizer) -> dict[str, 
         }
 
     def state(saved: State, saved_group: Group, group: Group, param: Tensor, where: str) -> State:
-        converted: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
+        kept: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
         least = saved_group.get("min_dim_size_to_factor", 16)
         if "beta2_cap" in saved_group:
             if "exp_avg" in saved:
-                converted["exp_avg"] = saved["exp_avg"].to(torch.float32) * saved_group["lr"]
+                kept["exp_avg"] = saved["exp_avg"].to(torch.float32) * saved_group["lr"]
             if "exp_avg_sq" in saved:
                 moment: Any = saved["exp_avg_sq"]
             else:
                 rows, columns = largest_dims(param.shape)
-                row, col = (_field(saved, key, where) for key in ("exp_avg_sq_r", "exp_avg_sq_c"))
+                row, col = (field(saved, key, where) for key in ("exp_avg_sq_r", "exp_avg_sq_c"))
                 moment = {columns: row.squeeze(columns), rows: col.squeeze(rows)}
         elif param.ndim > 2 and min(param.shape[:2]) > least:
-            moment = {1: _field(saved, "exp_avg_sq_row", where), 0: _field(saved, "exp_avg_sq_col", where)}
+            moment = {1: field(saved, "exp_avg_sq_row", where), 0: field(saved, "exp_avg_sq_col", where)}
         else:
-            moment = _last_two(saved, param, where)
-        return {**converted, "step": int(_field(saved, "step", where)), **_factored(moment, group, param, where)}
+            moment = last_two(saved, param, where)
+        return {**kept, "step": int(field(saved, "step", where)), **factored_as(moment, group, param, where)}
 
-    return _convert(state_dict, optimizer, options, state)
+    return converted(state_dict, optimizer, options, state)
 
 
 def from_optax(
@@ -200,7 +190,7 @@ def from_optax(
         if factored:
             second, largest = largest_dims(param.shape)
             moment = {largest: torch.as_tensor(v_row[i]), second: torch.as_tensor(v_col[i])}
-        states[i] = {"step": int(count), **_factored(moment, group, param, f"of parameter {i} (shape {tuple(param.shape)})")}
+        states[i] = {"step": int(count), **factored_as(moment, group, param, f"of parameter {i} (shape {tuple(param.shape)})")}
         if ema is not None:
             states[i]["exp_avg"] = torch.as_tensor(ema[i])
     return {**saved, "state": states}
@@ -239,62 +229,11 @@ def from_pytorch_optimizer(state_dict: Mapping[str, Any], optimizer: Optimizer) 
         }
 
     def state(saved: State, saved_group: Group, group: Group, param: Tensor, where: str) -> State:
-        converted: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
-        moment = _factored(_last_two(saved, param, where), group, param, where)
-        return {**converted, "step": int(saved_group.get("step", 0)), **moment}
+        kept: State = {key: saved[key] for key in ("RMS", "exp_avg") if key in saved}
+        moment = factored_as(last_two(saved, param, where), group, param, where)
+        return {**kept, "step": int(saved_group.get("step", 0)), **moment}
 
-    return _convert(state_dict, optimizer, options, state)
-
-
-def _convert(
-    state_dict: Mapping[str, Any],
-    optimizer: Optimizer,
-    options: Callable[[Group, Group, list[int], str], Group],
-    state: Callable[[State, Group, Group, Tensor, str], State],
-) -> dict[str, Any]:
-    """Convert group by group and parameter by parameter.
-
-    `options` gets a saved group, the optimizer's own and the step counts; `state` a parameter's saved state, both groups
-    and the parameter.
-    """
-    states, groups, reasons = {}, [], []
-    for saved, group, pairs, where in _groups(state_dict, optimizer):
-        steps = []
-        for position, index, param in pairs:
-            if state_dict["state"].get(index):
-                described = f"of parameter {position} (shape {tuple(param.shape)})"
-                try:
-                    states[index] = state(state_dict["state"][index], saved, group, param, described)
-                    steps.append(int(states[index]["step"]))
-                except ValueError as error:
-                    reasons.append(str(error))
-        kept: Group = {key: saved[key] for key in ("params", "param_names", "initial_lr") if key in saved}
-        own: Group = {key: group[key] for key in LAYOUT}
-        try:
-            groups.append({**kept, **own, **NEUTRAL, **options(saved, group, steps, where)})
-        except ValueError as error:
-            reasons.append(str(error))
-        except KeyError as error:
-            missing = f"the options should be those of the optimizer that is converted but lack {error}{where}"
-            raise Refused([missing]) from error
-    if reasons:
-        raise Refused(reasons)
-    return {"state": states, "param_groups": groups}
-
-
-def _groups(
-    state_dict: Mapping[str, Any], optimizer: Optimizer
-) -> Iterator[tuple[Group, Group, list[tuple[int, int, Tensor]], str]]:
-    """(saved group, the optimizer's, (position, index in the checkpoint, parameter) of each one, how to name the group)."""
-    saved_groups, groups = state_dict["param_groups"], optimizer.param_groups
-    lengths, saved_lengths = ([len(group["params"]) for group in x] for x in (groups, saved_groups))
-    if lengths != saved_lengths:
-        raise Refused([f"the checkpoint's groups should have {lengths} parameters but have {saved_lengths}"])
-    position = 0
-    for number, (saved, group) in enumerate(zip(saved_groups, groups, strict=True)):
-        pairs = list(zip(range(position, position + len(group["params"])), saved["params"], group["params"], strict=True))
-        position += len(pairs)
-        yield saved, group, pairs, f" (parameter group {number} of the checkpoint)"
+    return converted(state_dict, optimizer, options, state)
 
 
 def _torch_lr(saved: Group, step: int, where: str) -> Group:
@@ -312,35 +251,3 @@ def _torch_lr(saved: Group, step: int, where: str) -> Group:
         f"`lr` should be at most 1 / sqrt(step) = {next_rate:.4g} or 0.01 but is: {lr}{where}; torch lowers it by the step "
         "count and this optimizer takes it as it is, so set `lr` in the checkpoint to what it should be from here on"
     )
-
-
-def _field(saved: State, key: str, where: str) -> Any:
-    if key not in saved:
-        raise ValueError(f"the checkpoint's state {where} lacks {key}")
-    return saved[key]
-
-
-def _last_two(saved: State, param: Tensor, where: str) -> Tensor | dict[int, Tensor]:
-    """The second moment of a parameter under transformers' keys: the whole, or its means by the dimension that they lack."""
-    if param.ndim < 2 or "exp_avg_sq" in saved:
-        whole: Tensor = _field(saved, "exp_avg_sq", where)
-        return whole
-    return {-1: _field(saved, "exp_avg_sq_row", where), -2: _field(saved, "exp_avg_sq_col", where)}
-
-
-def _factored(moment: Tensor | dict[int, Tensor], group: Group, param: Tensor, where: str) -> State:
-    """A second moment under this optimizer's keys; one that is kept whole there and factored here becomes means."""
-    dims = factored_dims(param.shape, group)
-    if isinstance(moment, Tensor):
-        if dims is None:
-            return {"exp_avg_sq": moment}
-        whole = moment.to(torch.promote_types(moment.dtype, torch.float32))
-        return {"exp_avg_sq_row": whole.mean(dims[1]), "exp_avg_sq_col": whole.mean(dims[0])}
-    by_dim = {dim % param.ndim: x for dim, x in moment.items()}
-    if dims is None or set(by_dim) != set(dims):
-        here = "kept whole" if dims is None else f"factored over {dims}"
-        raise ValueError(
-            f"the second moment {where} is factored over dimensions {tuple(sorted(by_dim))} there but {here} here, and one "
-            "does not give the other; construct this optimizer with `factor_dims` and `min_dim_size_to_factor` that agree"
-        )
-    return {"exp_avg_sq_row": by_dim[dims[1]], "exp_avg_sq_col": by_dim[dims[0]]}

@@ -29,7 +29,7 @@ def step_parameter(
     step, (eps, min_scale) = state["step"], group["eps"]
     step = step.to(compute_dtype) if isinstance(step, torch.Tensor) else step
 
-    state["RMS"].copy_(rms(p))  # 2
+    rms(p, state["RMS"])  # 2
     if "get_lr" in group:  # see `_state/overrides.py`
         get_lr, of_user = group["get_lr"]
         alpha = get_lr(of_user, state)
@@ -41,24 +41,24 @@ def step_parameter(
     one_minus_beta2 = one_minus_beta2_of(group, step)  # 4
     beta2 = 1.0 - one_minus_beta2
 
-    squared = g * g + eps  # 5
+    squared = (g * g).add_(eps)  # 5
     factored = factored_dims(param.shape, group) is not None
     if factored:
         row, col = state["exp_avg_sq_row"], state["exp_avg_sq_col"]
-        row.mul_(beta2).add_(squared.mean(-1) * one_minus_beta2)
-        col.mul_(beta2).add_(squared.mean(-2) * one_minus_beta2)
-        update = g * approx_sq_grad(row, col)
+        _move(row, beta2, squared.mean(-1), one_minus_beta2)
+        _move(col, beta2, squared.mean(-2), one_minus_beta2)
+        update = approx_sq_grad(row, col).mul_(g)
     else:
         v = state["exp_avg_sq"]
-        v.mul_(beta2).add_(squared * one_minus_beta2)
-        update = g * v.rsqrt()
+        _move(v, beta2, squared, one_minus_beta2)
+        update = v.rsqrt().mul_(g)
 
-    update_rms.copy_(rms(update))
+    rms(update, update_rms)
     if group["clip_threshold"] is not None:  # 6
-        update = update / (update_rms / group["clip_threshold"]).clamp(min=1.0)
-    update = update * alpha  # 7
+        update.div_((update_rms / group["clip_threshold"]).clamp_(min=1.0))
+    update.mul_(alpha)  # 7
     if group["maximize"]:
-        update = -update
+        update.neg_()
 
     noise = noise_of_member(draws, param, state.get("exp_avg"), factored)
     if group["beta1"] is not None:  # 8
@@ -83,5 +83,13 @@ def approx_sq_grad(row: Tensor, col: Tensor) -> Tensor:
     return row_factor.unsqueeze(-1) * col.rsqrt().unsqueeze(-2)
 
 
-def rms(x: Tensor) -> Tensor:
-    return torch.div(torch.linalg.vector_norm(x), x.numel() ** 0.5)
+def _move(average: Tensor, beta2: Any, new: Tensor, one_minus_beta2: Any) -> None:
+    average.mul_(beta2)
+    if isinstance(one_minus_beta2, Tensor):
+        average.add_(new * one_minus_beta2)
+    else:
+        average.add_(new, alpha=one_minus_beta2)
+
+
+def rms(x: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.div(torch.linalg.vector_norm(x), x.numel() ** 0.5, out=out)
