@@ -117,6 +117,7 @@ def used(use: Callable[[nn.Module, Adafactor], None], **options: Any) -> list[we
 @pytest.mark.parametrize("options", [{}, {"capturable": True}, {"nonfinite": "skip", "beta1": 0.9}], ids=str)
 @pytest.mark.parametrize("path", PATHS)
 def test_all_is_freed(path: str, options: dict[str, Any], use: Callable[[nn.Module, Adafactor], None]) -> None:
+    gc.freeze()  # of what other tests have left, the collection below would look at each object
     with compiled_by(aot_eager if use is train and not options else uncompiled):
         references = used(use, **PATHS[path], **options)
         gc.collect()  # schedulers and their optimizers refer to each other

@@ -11,6 +11,7 @@ from parameters import parameters, set_gradients
 from paths import PATHS
 
 from adafactor_compiled import Adafactor, StepInBackward
+from adafactor_compiled._compile import graphs
 from adafactor_compiled._update import rounding
 
 HALF = [torch.bfloat16, torch.float16]
@@ -151,20 +152,26 @@ def optimizer_of(params, **options):
     return Adafactor(params, lr=1e-3, relative_step=False, stochastic_rounding=True, **options)
 
 
-# Every route; and float16, which is rounded in another way, on two of them: matrices in blocks, and vectors.
+# Every route, uncompiled; and by Inductor what rounds in other ways, matrices in blocks and vectors.
 DRAWN = {
-    "bfloat16": (torch.bfloat16, [(260, 520), *SHAPES], {}),
-    "float16, momentum": (torch.float16, [(260, 520), (5,), (5,)], {"beta1": 0.9, "weight_decay": 0.1}),
+    "every route": (torch.bfloat16, [(260, 520), *SHAPES], {}, uncompiled),
+    "bfloat16": (torch.bfloat16, [(260, 520)], {}, graphs.compiled),
+    "float16, momentum": (torch.float16, [(260, 520), (5,), (5,)], {"beta1": 0.9, "weight_decay": 0.1}, graphs.compiled),
 }
 
 
 @pytest.mark.parametrize("name", DRAWN)
 def test_the_paths_draw_alike(name):
-    dtype, shapes, options = DRAWN[name]
+    dtype, shapes, options, compiler = DRAWN[name]
     lists = {path: parameters(shapes, dtype) for path in PATHS}
-    for params in lists.values():  # a transposed parameter has its own route
+    for params in lists.values() if compiler is uncompiled else ():  # a transposed parameter has its own route
         params.append(torch.nn.Parameter(params[0].detach().T.contiguous().T.clone(memory_format=torch.preserve_format)))
     optimizers = {path: optimizer_of(lists[path], **PATHS[path], **options) for path in PATHS}
+    with compiled_by(compiler):
+        compare_draws(lists, optimizers)
+
+
+def compare_draws(lists, optimizers):
     for step in range(4):
         for path, params in lists.items():
             set_gradients(params, step)
