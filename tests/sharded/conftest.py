@@ -12,26 +12,19 @@ from ranks import Ranks
 sys.path.append(str(Path(__file__).resolve().parents[1]))  # what all tests share
 
 
-CHECKS = 12  # of the same ranks
-
-
 @pytest.fixture(scope="module")
 def ranks() -> Iterator[Callable[[int], Ranks]]:
     """`ranks(n)`: n ranks that are kept for the next tests of a file, and made anew after a check has failed on them.
 
-    Not for longer, and none of another number beside them: gloo polls in a thread for each mesh that ever was, and all these
-    threads together leave nothing of a machine of two cores in the end.
+    None of another number are kept beside them: their threads, which poll, would take the cores of these.
     """
     kept: list[Ranks] = []
-    checks = 0
 
     def get(size: int) -> Ranks:
-        nonlocal checks
-        if not kept or kept[0].closed or kept[0].size != size or checks == CHECKS:
+        if not kept or kept[0].closed or kept[0].size != size:
             for group in kept:
                 group.close()
-            kept[:], checks = [Ranks(size)], 0
-        checks += 1
+            kept[:] = [Ranks(size)]
         return kept[0]
 
     yield get

@@ -11,9 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 from compilers import count_graphs
-from sharded_training import Bag, assert_same, set_gradients, train_beside_unsharded, whole_of
+from sharded_training import Bag, assert_same, mesh_of, set_gradients, train_beside_unsharded, whole_of
 from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
@@ -148,7 +147,7 @@ def test_one_all_reduce_a_step(ranks):
 
 def check_compile_is_true(placements: list[Any], shapes: list[tuple[int, ...]]) -> None:
     """Pieces step by the same operations, one after the other: nothing is compiled for them."""
-    mesh = init_device_mesh("cpu", (2,) * len(placements))
+    mesh = mesh_of((2,) * len(placements))
     params = [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes).parameters()]
     before = count_graphs()
     train_beside_unsharded(params, OPTIONS[1], {"compile": True})

@@ -7,9 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from sharded_training import Bag, assert_same, train_beside_unsharded
+from sharded_training import Bag, assert_same, mesh_of, train_beside_unsharded
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
@@ -46,7 +45,7 @@ PLACEMENTS: dict[str, tuple[list[Any], list[tuple[int, ...]], int]] = {
 
 
 def placed_parameters(placements: list[Any], shapes: list[tuple[int, ...]], names: tuple[str, str] | None) -> list[Tensor]:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=names)
+    mesh = mesh_of((2, 2), names)
     return [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes).parameters()]
 
 
@@ -156,7 +155,7 @@ def test_mixture(ranks):
 
 def check_part_of_the_world() -> None:
     """Sums over two of three mesh dimensions take a group that no mesh has."""
-    mesh = init_device_mesh("cpu", (2, 2, 2))
+    mesh = mesh_of((2, 2, 2))
     shapes = [(6, 4), (5, 7), (9,)]
     placements = [[R, Shard(0), Shard(1)], [R, Shard(0), Shard(0)], [R, Shard(0), R]]
     params = [
@@ -193,7 +192,7 @@ def check_parallel_model(shard: bool) -> None:
     whole = Block()
     model = Block()
     model.load_state_dict(whole.state_dict())
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of((2, 2), ("dp", "tp"))
     parallelize_module(model, mesh["tp"], {"up": ColwiseParallel(), "down": RowwiseParallel()})
     if shard:
         fully_shard(model, mesh=mesh["dp"])
@@ -219,7 +218,7 @@ def check_data_parallel() -> None:
     for model in models:
         model.load_state_dict(whole.state_dict())
     ddp, zero, hybrid = models
-    hybrid_mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("replicate", "shard"))
+    hybrid_mesh = mesh_of((2, 2), ("replicate", "shard"))
     fully_shard(hybrid, mesh=hybrid_mesh)
     optimizers = [
         Adafactor(ddp.parameters(), **MOMENTUM, compile=False),
@@ -241,7 +240,7 @@ def test_data_parallel(ranks):
 
 
 def check_refused() -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    mesh = mesh_of((2, 2), ("a", "b"))
     partial = DTensor.from_local(torch.ones(4, 3), mesh, [Shard(0), Partial()])
     flattened = FullyShardedDataParallel(nn.Linear(4, 3), device_id=torch.device("cpu"))
     optimizer = Adafactor([nn.Parameter(torch.ones(3))], compile=False)

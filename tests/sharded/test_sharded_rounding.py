@@ -7,10 +7,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from sharded_training import Bag, assert_replicas_agree, set_gradients, whole_of
+from sharded_training import Bag, assert_replicas_agree, mesh_of, set_gradients, whole_of
 from test_placements import PLACEMENTS
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
@@ -24,7 +23,7 @@ CONTIGUOUS = [name for name in PLACEMENTS if name != "slices twice"]
 
 
 def placed(shapes: list[tuple[int, ...]], placements: list[Any], dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
-    mesh = init_device_mesh("cpu", (2,) * len(placements))
+    mesh = mesh_of((2,) * len(placements))
     return [nn.Parameter(distribute_tensor(p.detach(), mesh, placements)) for p in Bag(shapes, dtype).parameters()]
 
 
@@ -69,7 +68,7 @@ def test_compiled_draws(ranks):
 
 def strided(dtype: torch.dtype) -> nn.Module:
     """Eighteen rows under tensor parallel and `fully_shard`: nine for each pair of ranks, which share them as five and four."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("dp", "tp"))
+    mesh = mesh_of((2, 2), ("dp", "tp"))
     model = nn.Sequential(nn.Linear(12, 18, bias=False, dtype=dtype))
     parallelize_module(model, mesh["tp"], {"0": ColwiseParallel()})
     fully_shard(model, mesh=mesh["dp"])
@@ -141,7 +140,7 @@ def test_a_parameter_is_skipped_on_all_ranks_or_none(ranks, name):
 
 def check_sums_are_taken_first() -> None:
     """A gradient still to be summed over replicas, with a NaN on the last rank alone."""
-    mesh = init_device_mesh("cpu", (2,))
+    mesh = mesh_of((2,))
     param = nn.Parameter(distribute_tensor(torch.ones(6, 4), mesh, [Replicate()]))
     optimizer = Adafactor([param], nonfinite="skip", compile=False)
     local = torch.ones(6, 4)
