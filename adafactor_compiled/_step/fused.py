@@ -9,14 +9,15 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.launches import ADDRESSES
-from adafactor_compiled._fused.members import addresses_in
-from adafactor_compiled._fused.table import Found
+from adafactor_compiled._fused.members import addresses_in, bytes_of
+from adafactor_compiled._fused.table import Found, overlapping
 from adafactor_compiled._sharded.members import localized
 from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._state.entries import Entry
-from adafactor_compiled._step.classes import Tables
+from adafactor_compiled._step.inputs import Inputs
 from adafactor_compiled._step.plan import Plan
-from adafactor_compiled._step.shared import sharing
+
+ONE_BY_ONE = {"reference", "sharded"}
 
 
 def makes_fakes() -> bool:
@@ -35,7 +36,7 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     Raises:
         RuntimeError: a tensor has no memory, or what a step makes would have none.
     """
-    table, shared = plan.table, sharing(plan, entries)
+    table, shared = plan.table, _sharing(plan, entries)
     if table is None:
         return Gathered([], shared)
     if makes_fakes():
@@ -56,24 +57,39 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     return Gathered(addresses, shared)
 
 
-def launched_of(plan: Plan, addresses: list[int], tables: Tables) -> Launched:
+def _sharing(plan: Plan, entries: Sequence[Entry]) -> set[int]:
+    """The positions of entries, launched ones aside, whose parameter has memory in common with another's.
+
+    Operations that step several parameters at once (`q.data = p.data`) would lose the step of one.
+    """
+    spans, launched = [], set(plan.fused)
+    for path, of, positions in plan.parts:
+        if path in ONE_BY_ONE or not of.plain or not of.numel or of.device.type == "meta":
+            continue
+        size = bytes_of(of.shape, of.stride, of.dtype)
+        starts = [(entries[i].param.data_ptr(), i) for i in positions if i not in launched]
+        spans += [(start, start + size, True, i) for start, i in starts]
+    return overlapping(sorted(spans))
+
+
+def launched_of(plan: Plan, addresses: list[int], inputs: Inputs) -> Launched:
     """The members of a plan's table, with what a step finds of them.
 
     Args:
         plan: the plan.
         addresses: as they were gathered.
-        tables: the numbers and draws of every entry.
+        inputs: with the numbers and draws of every entry.
     """
     table = plan.table
     assert table is not None
     addresses, rows, unique = addresses[:], {}, {}  # type: ignore[var-annotated]
     for j, i in enumerate(plan.fused):
-        of, numbers = table.members[j].of, tables.tables[i]
+        of, numbers = table.members[j].of, inputs.tables[i]
         kind = of.device, numbers.dtype
         if id(numbers) not in rows:
             unique.setdefault(kind, []).append(numbers)
             rows[id(numbers)] = len(unique[kind]) - 1
         addresses[(j + 1) * ADDRESSES - 1] = rows[id(numbers)]
     stacked = {kind: torch.stack(numbers) for kind, numbers in unique.items()}
-    draws = {j: tables.draws_of_each[i] for j, i in enumerate(plan.fused) if i in tables.draws_of_each}
+    draws = {j: inputs.draws[i] for j, i in enumerate(plan.fused) if i in inputs.draws}
     return Launched(table, Found(addresses, stacked, draws))

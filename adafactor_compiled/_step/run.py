@@ -14,18 +14,17 @@ from adafactor_compiled._fused.operator import step_members
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
 from adafactor_compiled._state.entries import Entry, count_step
-from adafactor_compiled._state.layout import group_by_key
+from adafactor_compiled._state.layout import compute_dtype, group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.views import with_dims_last
-from adafactor_compiled._step.classes import Tables, members_of
 from adafactor_compiled._step.fused import launched_of
+from adafactor_compiled._step.inputs import Inputs
 from adafactor_compiled._step.nonfinite import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan
 from adafactor_compiled._step.ranges import UNNAMED, range_of
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update import multi_tensor, reference
-from adafactor_compiled._update.numbers import tables_of
 from adafactor_compiled._update.rounding import draws_of_entries
 
 Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the RMS of each and of its update, [2, k]
@@ -42,36 +41,20 @@ def run(plan: Plan, entries: list[Entry], addresses: list[int], exchanges: Seque
         compiles: whether what is to be compiled runs compiled, by itself or as part of a graph.
     """
     by_themselves = {i for i in plan.fused if skips_by_itself(entries[i].param.device)}
-    kept, all_entries = kept_of(entries, plan.update_rms, by_themselves), entries
+    kept = kept_of(entries, plan.update_rms, by_themselves)
     count_step(entries)
-    entries = with_dims_last(entries, plan.moved)
-    tables = Tables(tables_of(entries), _draws_of(plan, all_entries))
-    launched = None if plan.table is None else launched_of(plan, addresses, tables)
-    finite: dict[int, Tensor] = {}
-    at_once: set[int] = set()
-    with UNNAMED if plan.table is None else range_of(plan.table.members[0].of, len(plan.fused), "fused"):
-        if exchanges:
-            jobs = [sharded.Job(entries[i], tables.tables[i], plan.update_rms[i]) for i in plan.sharded]
-            finite, at_once = sharded.step(exchanges, jobs, launched)
-        elif launched is not None:
-            at_once = launched.table.run(launched.found)
-    at_once = {plan.fused[j] for j in at_once}
-    if plan.table is None and plan.fused:
-        step_members([entries[i] for i in plan.fused], [tables.tables[i] for i in plan.fused], _some(tables, plan.fused))
-    measured = _run_calls(plan, entries, tables) if compiles else []
-    measured += _run_parts(plan.uncompiled if compiles else plan.without_calls, plan, entries, tables)
-    _keep_measured(measured, plan, entries)
+    inputs = Inputs(with_dims_last(entries, plan.moved), _draws_of(plan, entries))
+    finite, at_once = _run_fused(plan, inputs, addresses, exchanges)
+    measured = _run_calls(plan, inputs) if compiles else []
+    measured += _run_parts(plan.uncompiled if compiles else plan.without_calls, plan, inputs)
+    _keep_measured(measured, plan, inputs)
     skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
     for i in by_themselves:
-        if all_entries[i].group["nonfinite"] == "skip":
+        if entries[i].group["nonfinite"] == "skip":
             skipped[i] = torch.tensor(i in at_once, device="cpu")
-            all_entries[i].state["step"] -= int(i in at_once)
-    params, rms = [entry.param for entry in all_entries], [entry.state["RMS"] for entry in entries]
-    return Record(params, tables.tables, rms, plan.update_rms, skipped)
-
-
-def _some(tables: Tables, positions: Sequence[int]) -> list[Tensor | None]:
-    return [tables.draws_of_each.get(i) for i in positions]
+            entries[i].state["step"] -= int(i in at_once)
+    params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
+    return Record(params, inputs.tables, rms, plan.update_rms, skipped)
 
 
 def _draws_of(plan: Plan, entries: list[Entry]) -> dict[int, Tensor]:
@@ -83,10 +66,33 @@ def _draws_of(plan: Plan, entries: list[Entry]) -> dict[int, Tensor]:
     return dict(zip(rounding, draws, strict=True))
 
 
-def _run_calls(plan: Plan, entries: list[Entry], tables: Tables) -> Measured:
+def _run_fused(
+    plan: Plan, inputs: Inputs, addresses: list[int], exchanges: Sequence[Exchange]
+) -> tuple[dict[int, Tensor], set[int]]:
+    """Step what kernels do, by launches or as an operator of an outer graph, and all DTensors around them.
+
+    Returns:
+        See `sharded.step`; the second by the positions of entries.
+    """
+    entries, tables, fused = inputs.entries, inputs.tables, plan.fused
+    if plan.table is None and fused:
+        step_members([entries[i] for i in fused], [tables[i] for i in fused], [inputs.draws.get(i) for i in fused])
+    launched = None if plan.table is None else launched_of(plan, addresses, inputs)
+    finite: dict[int, Tensor] = {}
+    skipped: set[int] = set()
+    with UNNAMED if plan.table is None else range_of(plan.table.members[0].of, len(fused), "fused"):
+        if exchanges:
+            jobs = [sharded.Job(entries[i], tables[i], plan.update_rms[i]) for i in plan.sharded]
+            finite, skipped = sharded.step(exchanges, jobs, launched)
+        elif launched is not None:
+            skipped = launched.table.run(launched.found)
+    return finite, {fused[j] for j in skipped}
+
+
+def _run_calls(plan: Plan, inputs: Inputs) -> Measured:
     """Step what compiled graphs do."""
     # All views first: after a large call Python finds nothing in cache, and each takes 5 us instead of 1.
-    calls = [(x, members_in(x, members_of(x.shape_class, x.positions, entries, tables))) for x in plan.calls]
+    calls = [(x, members_in(x, inputs.members(x.shape_class, x.positions))) for x in plan.calls]
     measured: Measured = []
     for call, members in calls:
         with range_of(call.shape_class, len(call.positions), "compiled"):
@@ -94,26 +100,26 @@ def _run_calls(plan: Plan, entries: list[Entry], tables: Tables) -> Measured:
     return measured
 
 
-def _run_parts(parts: Sequence[Part], plan: Plan, entries: list[Entry], tables: Tables) -> Measured:
+def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
     """Step parts eagerly, or in an outer graph; the reference path puts what it measures where it is kept."""
     measured: Measured = []
-    by_kind = group_by_key((x.path, entries[x.positions[0]].param.device, tables.dtype_of(x.positions)) for x in parts)
+    by_kind = group_by_key((x.path, x.shape_class.device, compute_dtype(x.shape_class.dtype)) for x in parts)
     for (path, _, _), chosen in by_kind.items():
         some = [parts[j] for j in chosen]
         with range_of(some[0].shape_class, sum(len(x.positions) for x in some), path):
             if path == "multi_tensor":
-                classes = [members_of(x.shape_class, x.positions, entries, tables) for x in some]
+                classes = [inputs.members(x.shape_class, x.positions) for x in some]
                 measured += zip((x.positions for x in some), multi_tensor.step(classes), strict=True)
                 continue
             for i in (i for x in some for i in x.positions):
-                reference.step_parameter(*entries[i][1:], plan.update_rms[i], tables.draws_of_each.get(i))
+                reference.step_parameter(*inputs.entries[i][1:], plan.update_rms[i], inputs.draws.get(i))
     return measured
 
 
-def _keep_measured(measured: Measured, plan: Plan, entries: list[Entry]) -> None:
+def _keep_measured(measured: Measured, plan: Plan, inputs: Inputs) -> None:
     """Put the RMS of parameters and updates where they are kept: one copy a device."""
     for of_device in group_by_key(x.device for _, x in measured).values():
         positions = [i for j in of_device for i in measured[j][0]]
         rms, update_rms = torch.cat([measured[j][1] for j in of_device], 1).unbind()
-        to = [entries[i].state["RMS"] for i in positions] + [plan.update_rms[i] for i in positions]
+        to = [inputs.entries[i].state["RMS"] for i in positions] + [plan.update_rms[i] for i in positions]
         torch._foreach_copy_(to, [*rms.unbind(), *update_rms.unbind()])
