@@ -22,13 +22,14 @@ from adafactor_compiled._sharded.step import step as step_shared
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._step.faults import note
 from adafactor_compiled._step.fused import makes_fakes
 from adafactor_compiled._step.plan import Plan, options_of
 from adafactor_compiled._step.ranges import range_of
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update.numbers import plain_numbers
-from adafactor_compiled._update.rounding import draws_of
+from adafactor_compiled._update.rounding import draws_of_entries
 
 LAST = 8  # tables that are kept: of experts and layers that take turns
 
@@ -121,14 +122,13 @@ class Again:
             table = self._table = self._table_of(chosen, addresses)
         if table.conflicts(addresses, grads):
             return None
-        draws = _draws_of(chosen, counts)
         numbers = array("d", [x for of_row in rows for x in of_row])
         table.done = []
         try:
             for state in states:
                 state["step"] += 1
             with range_of(chosen[0].of, len(chosen), "fused"):
-                launched = Launched(table, Found(addresses, numbers, draws))
+                launched = Launched(table, Found(addresses, numbers, _draws_of(chosen, grads, states)))
                 kept = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
         except BaseException as error:
             for i in set(range(len(chosen))) - set(table.done):
@@ -164,14 +164,10 @@ def _unaligned(addresses: Sequence[int]) -> set[int]:
     return {i // ADDRESSES for i in range(0, len(addresses), ADDRESSES) if (addresses[i] | addresses[i + 1]) % 16}
 
 
-def _draws_of(members: Sequence[Member], counts: Sequence[int]) -> dict[int, Tensor]:
-    """What determines the noise of those that are rounded stochastically."""
-    draws: dict[int, Tensor] = {}
+def _draws_of(members: Sequence[Member], grads: Sequence[Tensor], states: Sequence[State]) -> dict[int, Tensor]:
+    """What determines the noise of those that are rounded stochastically, at step counts that were raised."""
     rounding = [i for i, x in enumerate(members) if x.of.rounding]
-    for device in {members[i].of.device for i in rounding}:
-        at = [i for i in rounding if members[i].of.device == device]
-        seeds, positions = [members[i].group["rounding_seed"] for i in at], [members[i].position for i in at]
-        origins = [(0, 0, 0) if x.placed is None else x.placed.origin for x in (members[i] for i in at)]
-        of_device = draws_of(seeds, positions, origins, [counts[i] + 1 for i in at], device)
-        draws |= dict(zip(at, of_device, strict=True))
-    return draws
+    chosen = [members[i] for i in rounding]
+    entries = [Entry(x.position, x.param, grads[i], states[i], x.group) for i, x in zip(rounding, chosen, strict=True)]
+    origins = [Origin() if x.placed is None else x.placed.origin for x in chosen]
+    return dict(zip(rounding, draws_of_entries(entries, origins), strict=True))
