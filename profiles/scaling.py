@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from _contenders import CONTENDERS, make_optimizers, make_params
-from _shared import color_of, compare, figures, markdown_table, parser, run_profile
+from _shared import compare, dots, markdown_table, parser, run_profile
 
 SIDES = [100, 178, 316, 562, 1000, 1778, 3162, 5623, 10000, 17783, 31623]  # half a decade of elements from one to the next
 COUNTS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096]
@@ -54,8 +54,7 @@ def measure_point(shapes: list[tuple[int, ...]], keys: list[str], rounds: int) -
     keys = that_fit(keys, numel)
     if not keys:
         return {"elements": numel, "ms": {}}
-    params = make_params(shapes)
-    optimizers, _ = make_optimizers(keys, params, None)
+    optimizers, _ = make_optimizers(keys, make_params(shapes), None)
     # A measurement of at least some milliseconds, by as many calls.
     calls = max(1, min(20, 2_000_000 // numel, 64 // len(shapes)))
     timings = compare({key: optimizer.step for key, optimizer in optimizers.items()}, rounds, calls=calls)
@@ -63,92 +62,59 @@ def measure_point(shapes: list[tuple[int, ...]], keys: list[str], rounds: int) -
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    keys = options.contenders or DEFAULT
     sides, counts = (SIDES[:4], COUNTS[:5]) if options.quick else (SIDES, COUNTS)
     points: dict[str, list[dict[str, Any]]] = {"size": [], "count": []}
-    sweeps = {
-        "size": [(side * side, [(side, side)]) for side in sides],
-        "count": [(count, [(SIDE, SIDE)] * count) for count in counts],
-    }
-    for sweep, cases in sweeps.items():
-        for x, shapes in cases:
-            point = {"x": x, **measure_point(shapes, keys, options.rounds)}
-            points[sweep].append(point)
-            gc.collect()
-            times = ", ".join(f"{key} {timing}" for key, timing in point["ms"].items())
-            print(f"{x:,} {SWEEPS[sweep]}: {times or 'no memory for it'}", flush=True)
-        fits = {name: fits_of(measured, keys) for name, measured in points.items()}
-        yield {"rounds": options.rounds, "side": SIDE, "points": points, "fits": fits}
+    cases = [("size", side * side, [(side, side)]) for side in sides]
+    cases += [("count", count, [(SIDE, SIDE)] * count) for count in counts]
+    for sweep, x, shapes in cases:
+        point = {"x": x, **measure_point(shapes, options.contenders or DEFAULT, options.rounds)}
+        points[sweep].append(point)
+        gc.collect()
+        times = ", ".join(f"{key} {timing}" for key, timing in point["ms"].items())
+        print(f"{x:,} {SWEEPS[sweep]}: {times or 'no memory for it'}", flush=True)
+        yield {"rounds": options.rounds, "side": SIDE, "points": points}
 
 
-def fits_of(points: list[dict[str, Any]], keys: list[str]) -> dict[str, dict[str, float]]:
-    """For each contender the fixed milliseconds and those for each x that fit best, relative errors weighing alike."""
-    fits = {}
-    for key in keys:
-        times = [(point["x"], point["ms"][key].median) for point in points if key in point["ms"]]
-        if len(times) > 2:
-            weighted = torch.tensor([[1 / ms, x / ms] for x, ms in times], dtype=torch.float64)
-            fixed, slope = (
-                torch.linalg.lstsq(weighted, torch.ones(len(times), 1, dtype=torch.float64)).solution.flatten().tolist()
-            )
-            off = (weighted @ torch.tensor([fixed, slope], dtype=torch.float64) - 1).abs().max().item()
-            fits[key] = {"fixed_ms": fixed, "ms_for_each": slope, "largest_relative_error": off}
-    return fits
+def medians(points: list[dict[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    """For each contender its (x, milliseconds), of the content of the JSON."""
+    result: dict[str, list[tuple[int, float]]] = {}
+    for point in points:
+        for key, timing in point["ms"].items():
+            result.setdefault(key, []).append((point["x"], timing["median"]))
+    return result
+
+
+def fit(times: list[tuple[int, float]]) -> tuple[float, float, float]:
+    """The fixed milliseconds and those for each x that fit best, relative errors weighing alike; and the largest of these."""
+    weighted = torch.tensor([[1 / ms, x / ms] for x, ms in times], dtype=torch.float64)
+    fixed_and_slope = torch.linalg.lstsq(weighted, torch.ones(len(times), 1, dtype=torch.float64)).solution
+    fixed, slope = fixed_and_slope.flatten().tolist()
+    return fixed, slope, (weighted @ fixed_and_slope - 1).abs().max().item()
 
 
 def table(result: dict[str, Any]) -> str:
     """The fixed cost and the slope of each contender, in both sweeps."""
     rows = []
-    for sweep, unit in (("size", "10^6 elements"), ("count", "matrix")):
-        scale = 1e6 if sweep == "size" else 1
-        for key, found in result["fits"][sweep].items():
-            last = max((point for point in result["points"][sweep] if key in point["ms"]), key=lambda point: point["x"])
-            rows.append(
-                [
-                    f"{CONTENDERS[key].name}, {SWEEPS[sweep]}",
-                    f"{found['fixed_ms'] * 1e3:.0f} us",
-                    f"{found['ms_for_each'] * scale * 1e3:.1f} us for each {unit}",
-                    f"{100 * found['largest_relative_error']:.0f} %",
-                    f"{last['ms'][key]['median']:.1f} ms at {last['x']:,}",
-                ]
-            )
+    for sweep, unit, scale in (("size", "10^6 elements", 1e6), ("count", "matrix", 1)):
+        for key, times in medians(result["points"][sweep]).items():
+            fixed, slope, off = fit(times)
+            last, ms = times[-1]
+            costs = [f"{fixed * 1e3:.0f} us", f"{slope * scale * 1e3:.1f} us for each {unit}", f"{100 * off:.0f} %"]
+            rows.append([f"{CONTENDERS[key].name}, {SWEEPS[sweep]}", *costs, f"{ms:.1f} ms at {last:,}"])
     return markdown_table(["", "fixed cost", "slope", "furthest from that line", "largest measured"], rows)
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Time over size and over count, both axes logarithmic; thin lines are the fits."""
-    figure, axes = figures().subplots(1, 2, figsize=(11, 4.6))
-    for ax, sweep in zip(axes, SWEEPS, strict=True):
-        for key in dict.fromkeys(key for point in result["points"][sweep] for key in point["ms"]):
-            points = [(point["x"], point["ms"][key]) for point in result["points"][sweep] if key in point["ms"]]
-            name = CONTENDERS[key].name
-            x = [at for at, _ in points]
-            ax.plot(x, [ms["median"] for _, ms in points], "o", color=color_of(name), markersize=4, label=name)
-            ax.vlines(x, [ms["low"] for _, ms in points], [ms["high"] for _, ms in points], color=color_of(name), linewidth=1)
-            found = result["fits"][sweep].get(key)
-            if found is not None:
-                grid = torch.logspace(math.log10(x[0]), math.log10(x[-1]), 60).tolist()
-                line = [found["fixed_ms"] + found["ms_for_each"] * at for at in grid]
-                fixed = f"fixed {found['fixed_ms'] * 1e3:.0f} us"
-                ax.plot(grid, line, color=color_of(name), linewidth=1, alpha=0.7, label=f"    {fixed}, then linear")
-        ax.set(xscale="log", yscale="log", xlabel=SWEEPS[sweep], ylabel="ms of a step")
-        ax.legend(fontsize=8, loc="upper left")
-    axes[0].set_title("One matrix of growing size")
-    axes[1].set_title("A growing number of small matrices")
-    return figure
-
-
-def main() -> None:
-    options = parser(__doc__, redraw=True)
-    options.add_argument(
-        "--contenders",
-        nargs="+",
-        choices=CONTENDERS,
-        metavar="NAME",
-        help=f"of {', '.join(CONTENDERS)} (default: {' '.join(DEFAULT)})",
-    )
-    run_profile("scaling", options.parse_args(), measure, table, draw)
+    """Time over size and over count, which grow by the same factor from line to line."""
+    panels = {
+        f"{unit}; ms of a step": {
+            f"{point['x']:,}": [(CONTENDERS[key].name, timing["median"]) for key, timing in point["ms"].items()]
+            for point in result["points"][sweep]
+        }
+        for sweep, unit in SWEEPS.items()
+    }
+    return dots(panels, "logarithmic")
 
 
 if __name__ == "__main__":
-    main()
+    run_profile("scaling", parser(__doc__, contenders=CONTENDERS).parse_args(), measure, table, draw)

@@ -2,141 +2,137 @@
 
 Contenders take turns on copies of one character transformer. "Compiled" is torch.compile on the whole step: one graph for ours,
 in which the fused step is an operator, and for AdamW. transformers' Adafactor keeps its step count in a Python int, so that
-torch.compile would make a graph for each step: there the model is compiled and the optimizer is not.
+torch.compile would make a graph for each step: there the model is compiled and the optimizer is not. gpu.py measures the same
+on a card, with a larger model.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
+import math
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _shared import color_of, compare, figures, markdown_table, parser, save_figure, write_result
+from _shared import compare, dots, markdown_table, parser, run_profile
 from _shared.character_model import CharacterTransformer, batches, english
-from torch import Tensor, nn
+from torch import nn
 
 from adafactor_compiled import Adafactor
 
 SEED, BATCH, CONTEXT = 0, 12, 64
 OURS = {"lr": 1e-3, "scale_parameter": False, "relative_step": False}
-NONE = "no optimizer"
+NONE, TRANSFORMERS = "no optimizer", "transformers"
+MODES = ["eager", "compiled"]
+# The limit of graphs counts by code object; older releases have no way to keep it to one function.
+ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
+
+Step = Callable[[], object]
+Make = Callable[[Any, bool], Any]  # of parameters, and whether its step is to be a part of a graph
 
 
-def transformers_adafactor(params: Any) -> Any:
+def _transformers(params: Any, in_graph: bool) -> Any:
     from transformers.optimization import Adafactor as Original
 
     return Original(params, **OURS)
 
 
-# name: (optimizer in an eager loop, optimizer in a compiled one, whether its step can be part of the graph)
-Make = Callable[[Any], Any]
-CONTENDERS: dict[str, tuple[Make, Make, bool]] = {
-    NONE: (lambda params: None, lambda params: None, True),
-    "Adafactor, fused": (
-        lambda params: Adafactor(params, **OURS, fused=True),
-        lambda params: Adafactor(params, **OURS, fused=True, capturable=True),
-        True,
-    ),
-    "Adafactor, compiled": (
-        lambda params: Adafactor(params, **OURS, compile=True),
-        lambda params: Adafactor(params, **OURS, compile=True, capturable=True),
-        True,
-    ),
-    "fused AdamW": (
-        lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        True,
-    ),
-    "transformers": (transformers_adafactor, transformers_adafactor, False),
+CONTENDERS: dict[str, Make] = {
+    NONE: lambda params, in_graph: None,
+    "Adafactor, fused": lambda params, in_graph: Adafactor(params, **OURS, fused=True, capturable=in_graph),
+    "Adafactor, compiled": lambda params, in_graph: Adafactor(params, **OURS, compile=True, capturable=in_graph),
+    "fused AdamW": lambda params, in_graph: torch.optim.AdamW(params, lr=1e-3, fused=True),
+    TRANSFORMERS: _transformers,
 }
 
 
-def training_step(model: Any, loss_of: Callable[..., Tensor], optimizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    params = list(model.parameters())
+def contender(name: str, model: nn.Module, batch: tuple[Any, Any], mode: str, device: str, backend: str) -> Step:
+    model = copy.deepcopy(model)
+    params, loss_of = list(model.parameters()), model.loss
+    optimizer = CONTENDERS[name](params, mode == "compiled")
+    if mode == "compiled" and name == TRANSFORMERS:
+        loss_of = torch.compile(loss_of, backend=backend, **ISOLATED)
 
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = loss_of(x, y)
+    def train() -> Any:
+        loss = loss_of(*batch)
         loss.backward()
         if optimizer is not None:
             optimizer.step()
-            for param in params:
-                param.grad = None
+            drop_gradients()
         return loss.detach()
+
+    def drop_gradients() -> None:
+        for param in params:
+            param.grad = None
+
+    whole = torch.compile(train, backend=backend, **ISOLATED) if mode == "compiled" and name != TRANSFORMERS else train
+
+    def step() -> None:
+        whole()
+        if optimizer is None:  # what a graph drops itself would be dead code in it, and the backward pass with that
+            drop_gradients()
+        if device == "cuda":
+            torch.cuda.synchronize()
 
     return step
 
 
-def contender(name: str, model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    model = copy.deepcopy(model)
-    eager, in_graph, traceable = CONTENDERS[name]
-    optimizer = (in_graph if compiled else eager)(model.parameters())
-    loss_of: Any = model.loss
-    if not compiled and optimizer is not None:
-        return training_step(model, loss_of, optimizer)
-    if optimizer is None:
-        # Gradients that the graph itself drops would be dead code, and the backward pass with them.
-        keeping, params = training_step(model, loss_of, None), list(model.parameters())
-        if compiled:
-            keeping = torch.compile(keeping, isolate_recompiles=True)
-
-        def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = keeping(x, y)
-            for param in params:
-                param.grad = None
-            return loss
-
-        return step
-    if traceable:
-        return torch.compile(training_step(model, loss_of, optimizer), isolate_recompiles=True)
-    return training_step(model, torch.compile(loss_of), optimizer)
-
-
-def main() -> None:
-    options = parser(__doc__).parse_args()
+def measured(
+    names: list[str], rounds: int, calls: int, device: str = "cpu", backend: str = "inductor", **sizes: int
+) -> Iterator[dict[str, Any]]:
+    """What was measured so far: seconds of the first steps, milliseconds of the others if there are rounds, and errors."""
     torch._dynamo.config.trace_autograd_ops = True
     torch.manual_seed(SEED)
     text, _, alphabet = english()
-    model = CharacterTransformer(len(alphabet), **({"width": 16, "depth": 1} if options.quick else {"depth": 1}))
-    (batch,) = batches(text, 1, BATCH, CONTEXT, SEED)
-    names = [NONE, "Adafactor, fused"] if options.quick else list(CONTENDERS)
-
-    timings, first_steps, rows = {}, {}, []
-    for mode in ("eager", "compiled"):
+    count, context = sizes.pop("batch", BATCH), sizes.get("context", CONTEXT)
+    model = CharacterTransformer(len(alphabet), **sizes).to(device)
+    ((x, y),) = batches(text, 1, count, context, SEED)
+    batch = (x.to(device), y.to(device))
+    parameters = sum(param.numel() for param in model.parameters())
+    result: dict[str, Any] = {"parameters": parameters, "batch": [count, context]}
+    result |= {"timings": {}, "first_steps": {}, "errors": {}}
+    for mode in MODES:
         steps = {}
         for name in names:
-            step = contender(name, model, mode == "compiled")
-            start = time.perf_counter()
-            step(*batch)
-            first_steps[f"{mode}: {name}"] = time.perf_counter() - start
-            steps[name] = lambda step=step: step(*batch)
-        timings[mode] = compare(steps, 1 if options.quick else options.rounds, calls=1 if options.quick else 5)
-        bare = timings[mode][NONE].median
-        for name, timing in timings[mode].items():
-            share = max(0.0, 1 - bare / timing.median)
-            rows.append([f"{mode}: {name}", f"{timing.median:.1f}", f"{share:.0%}", f"{first_steps[f'{mode}: {name}']:.0f}"])
-    table = markdown_table(["training step", "ms", "optimizer's share", "first step, s"], rows)
-    print(table)
+            start, key = time.perf_counter(), f"{mode}: {name}"
+            try:
+                step = contender(name, model, batch, mode, device, backend)
+                step()
+                steps[name] = step
+                result["first_steps"][key] = time.perf_counter() - start
+            except Exception:  # one that does not run here is a result
+                result["errors"][key] = traceback.format_exc()[-1500:]
+            yield result
+        if rounds:
+            result["timings"][mode] = compare(steps, rounds, calls=calls)
+            yield result
 
-    parameters = sum(param.numel() for param in model.parameters())
-    result = {"parameters": parameters, "batch": [BATCH, CONTEXT], "timings": timings, "first_steps": first_steps}
-    write_result("train_loop", result, options.results)
 
-    plt = figures()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
-    for ax, (mode, of_mode) in zip(axes, timings.items(), strict=True):
-        bare = of_mode[NONE].median
-        shown = [name for name in reversed(of_mode) if name != NONE]
-        rest = [max(0.0, of_mode[name].median - bare) for name in shown]
-        ax.barh(shown, [bare] * len(shown), color="#d0d0d0", label="forward and backward")
-        ax.barh(shown, rest, left=bare, color=[color_of(name) for name in shown], label="optimizer")
-        ax.set_title(f"{mode} training step")
-        ax.set_xlabel("ms")
-        ax.grid(axis="y", visible=False)
-    axes[1].tick_params(labelleft=False)
-    save_figure(figure, "train_loop", options.results)
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if options.quick:
+        return measured([NONE, "Adafactor, fused"], 1, 1, width=16, depth=1)
+    return measured(list(CONTENDERS), options.rounds, 5, depth=1)
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = []
+    for mode, timings in result["timings"].items():
+        for name, timing in timings.items():
+            share = max(0.0, 1 - timings[NONE]["median"] / timing["median"]) if NONE in timings else math.nan
+            first = result["first_steps"][f"{mode}: {name}"]
+            rows.append([f"{mode}: {name}", f"{timing['median']:.1f}", f"{share:.0%}", f"{first:.0f}"])
+    errors = [f"- {name}: {error.strip().splitlines()[-1]}" for name, error in result.get("errors", {}).items()]
+    return "\n".join([markdown_table(["training step", "ms", "optimizer's share", "first step, s"], rows), *errors])
+
+
+def draw(result: dict[str, Any]) -> Any:
+    rows = {mode: [(name, x["median"]) for name, x in timings.items()] for mode, timings in result["timings"].items()}
+    return dots({"A training step": rows}, "ms, logarithmic")
 
 
 if __name__ == "__main__":
-    main()
+    run_profile("train_loop", parser(__doc__).parse_args(), measure, table, draw)

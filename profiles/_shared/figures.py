@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,6 +10,8 @@ from _shared.records import RESULTS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
+
+Rows = Mapping[str, Iterable[tuple[str, float]]]
 
 INK, MUTED, GRID = "#1a1a1a", "#5f6368", "#e4e4e4"
 
@@ -47,6 +50,7 @@ COLORS = {
     "timm": "#8c6d31",
     "pytorch_optimizer": "#7f7f7f",
 }
+HOLLOW = ("foreach", "stochastic", "bfloat16", "8bit")
 
 
 def color_of(name: str) -> str:
@@ -65,6 +69,49 @@ def figures() -> Any:
 
     plt.rcParams.update(STYLE)
     return plt
+
+
+def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None) -> Figure:
+    """Panels side by side, in each a line of dots for every row, in the colours of the contenders.
+
+    Args:
+        panels: by title the rows, by name the contenders and their values. Contenders that differ little from one of the same
+            colour are hollow, and the fused step is a diamond.
+        xlabel: of all panels, whose scale is logarithmic.
+        linear_to: a value up to which the scale is linear, where there are zeros.
+    """
+    height = max(map(len, panels.values()))
+    plt = figures()
+    figure, axes = plt.subplots(1, len(panels), figsize=(max(10, 6 * len(panels)), 1.8 + 0.4 * height), squeeze=False)
+    known: dict[str, Any] = {}
+    shown: list[str] = []
+    for ax, (title, rows) in zip(axes[0], panels.items(), strict=True):
+        values = []
+        for y, contenders in enumerate(rows.values()):
+            for name, value in contenders:
+                face = "white" if name == "AdamW" or any(word in name for word in HOLLOW) else color_of(name)
+                marker, order = ("D", 3) if name == "Adafactor, fused" else ("o", 2)
+                look = {"color": color_of(name), "markerfacecolor": face, "zorder": order, "clip_on": False}
+                (known[name],) = ax.plot(value, y, marker, **look)
+                values.append(value)
+        names = list(rows)
+        ax.set_yticks(range(len(rows)), names if names != shown else [])
+        shown = names
+        ax.set_ylim(max(1, len(rows)) - 0.5, -0.5)
+        if linear_to is not None:
+            ax.set_xscale("symlog", linthresh=linear_to)
+            ax.set_xlim(left=0)
+        else:
+            ax.set_xscale("log")
+            if values and max(values) > 5 * min(values):
+                ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5) if max(values) < 1e4 * min(values) else (1,)))
+                ax.minorticks_off()
+            ax.xaxis.set_minor_formatter("{x:.3g}")
+        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.set(title=title, xlabel=xlabel)
+    if known:
+        figure.legend(known.values(), known, loc="outside lower center", ncols=4)
+    return figure
 
 
 def save_figure(figure: Figure, name: str, directory: Path = RESULTS) -> Path:
