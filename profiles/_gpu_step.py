@@ -22,7 +22,7 @@ import torch.distributed as dist
 import triton
 from gpu_kernels import milliseconds, pieces_of
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -182,16 +182,12 @@ def params_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype, ranks: int) -
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         Exchange.found = lambda self: None  # or ranks would seem to disagree
         mesh = init_device_mesh("cpu", (ranks,))
-        made = [[_shared(x, shape, mesh) for x in of] for of, shape in zip(made, shapes, strict=True)]
+        for of, shape in zip(made, map(torch.Size, shapes), strict=True):
+            whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+            of[:] = [DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, **whole) for piece in of]
     for param, grad in made:
         param.requires_grad_().grad = grad
     return [param for param, _ in made]
-
-
-def _shared(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> Tensor:
-    whole = torch.Size(shape)
-    stride = torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
 
 
 class Built(NamedTuple):
@@ -200,9 +196,7 @@ class Built(NamedTuple):
     seconds: float
     registers: int
     stack: int  # bytes of a thread that did not fit in registers
-    instructions: int
-    loads: int  # from memory
-    wide_loads: int  # of 128 bits
+    wide_loads: int  # from memory, of 128 bits
 
 
 def build(launched: Launched) -> Built:
@@ -226,13 +220,8 @@ def _read(cubin: bytes, seconds: float) -> Built:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        resources, code = (_run(tool, file.name) for tool in (("cuobjdump", "-res-usage"), ("nvdisasm", "-c")))
+        commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", file.name]]
+        resources, code = (subprocess.run(of, capture_output=True, text=True, check=True).stdout for of in commands)
     ((registers, stack),) = RESOURCES.findall(resources)
-    instructions = INSTRUCTION.findall(code)
-    loads = [x for x in instructions if x.startswith("LDG")]
-    wide = sum(".128" in x for x in loads)
-    return Built(seconds, int(registers), int(stack), len(instructions), len(loads), wide)
-
-
-def _run(tool: tuple[str, str], path: str) -> str:
-    return subprocess.run([TOOLS / tool[0], *tool[1:], path], capture_output=True, text=True, check=True).stdout
+    wide = sum(x.startswith("LDG") and ".128" in x for x in INSTRUCTION.findall(code))
+    return Built(seconds, int(registers), int(stack), wide)

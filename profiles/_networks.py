@@ -91,14 +91,8 @@ class Row(NamedTuple):
     def described(self) -> dict[str, Any]:
         """What every record of it begins with."""
         shapes = self.shapes()
-        return {
-            "title": self.title,
-            "shapes": by_shape(shapes),
-            "tensors": len(shapes),
-            "parameters": sum(map(math.prod, shapes)),
-            "dtype": self.dtype,
-            "beta1": self.beta1,
-        }
+        size = {"shapes": by_shape(shapes), "tensors": len(shapes), "parameters": sum(map(math.prod, shapes))}
+        return {"title": self.title, **size, "dtype": self.dtype, "beta1": self.beta1}
 
 
 ROWS = {

@@ -6,9 +6,7 @@ The parts, each in a process of its own, so that what fails or hangs takes no ot
 
 sanity       one small step of every path, and its error against float64 on the CPU
 tests        pytest -m cuda
-steps        milliseconds of a step on the device (CUDA events) and on the host, for each network, beside fused and foreach
-             AdamW, torchao's AdamW8bit where installed, transformers' and torch.optim's Adafactor; peak memory; the first
-             step of this process, which finds what first_steps has compiled
+steps        milliseconds of a step on the device and on the host, for each network, beside its peers; peak memory
 first_steps  seconds of a first step with an empty cache, for each network
 syncs        twenty steps of every path under torch.cuda.set_sync_debug_mode("error")
 training     a whole training step of a small transformer, eager and compiled, with each optimizer
@@ -49,8 +47,7 @@ def card() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             result[name] = importlib.metadata.version(name)
     if torch.cuda.is_available():
-        of = torch.cuda.get_device_properties(0)
-        result |= {"name": of.name, "memory_gigabytes": of.total_memory / 1e9, "multiprocessors": of.multi_processor_count}
+        result["name"] = torch.cuda.get_device_name()
         query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
         with contextlib.suppress(OSError, subprocess.CalledProcessError, IndexError):
             result["driver"] = subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()[0]
@@ -62,26 +59,19 @@ def stages_of(options: argparse.Namespace) -> list[list[Job]]:
     # What is tried out on a CPU, or is short anyway, may take as long as it takes.
     patient = options.quick or options.device == "cpu"
     seconds = dict.fromkeys(SECONDS, 60 * options.minutes) if patient else SECONDS
-    on_device, of_training = {"device": options.device}, {"device": options.device, "quick": options.quick}
+    quick, device, rounds = options.quick, options.device, options.rounds
+
+    def job(part: Any, cache: str = "checks", **more: Any) -> Job:
+        return Job(part, seconds[part.__name__], more, cache)
 
     def training(rounds: int) -> Job:
-        return Job(steps.training, seconds["training"], {**of_training, "rounds": rounds}, "training")
+        return job(steps.training, "training", device=device, quick=quick, rounds=rounds)
 
-    def on(network: str, part: Any, **more: Any) -> Job:
-        return Job(part, seconds[part.__name__], {**on_device, "network": network, **more}, network)
-
-    stages = [
-        [Job(checks.sanity, seconds["sanity"], on_device)],
-        [
-            Job(checks.tests, seconds["tests"], {"marker": "cuda"}),
-            *(on(network, steps.first_steps) for network in options.networks),
-            # The training step is compiled here, in the company of others, and measured alone at the end.
-            *([] if patient else [training(0)]),
-        ],
-        *([on(network, steps.steps, rounds=options.rounds)] for network in options.networks),
-        [Job(checks.syncs, seconds["syncs"], on_device)],
-        [training(options.rounds)],
-    ]
+    beside = [job(checks.tests), *(job(steps.first_steps, of, network=of, device=device) for of in options.networks)]
+    if not patient:  # compiled in the company of others, and measured alone at the end
+        beside.append(training(0))
+    timed = [[job(steps.steps, of, network=of, device=device, rounds=rounds)] for of in options.networks]
+    stages = [[job(checks.sanity, device=device)], beside, *timed, [job(checks.syncs, device=device)], [training(rounds)]]
     return [chosen for stage in stages if (chosen := [job for job in stage if job.part.__name__ in options.parts])]
 
 
@@ -97,7 +87,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 if job.network:
                     parts.setdefault(job.part.__name__, {})[job.network] = record
                 else:
-                    parts[job.part.__name__] = record
+                    parts[job.part.__name__] = {**parts.get(job.part.__name__, {}), **record}
                 payload["seconds"] = round(time.monotonic() - start, 1)
                 if ended:
                     error = record["error"].strip().splitlines()[-1] if "error" in record else "done"
@@ -107,7 +97,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 if __name__ == "__main__":
     options = parser(__doc__, rounds=15, networks=steps.LISTS)
-    options.add_argument("--out", dest="results", type=Path, default=argparse.SUPPRESS, help="the same as --results")
     options.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: to try it out, with tiny parameters")
     options.add_argument("--parts", nargs="+", choices=SECONDS, default=list(SECONDS), metavar="PART", help="see above")
     options.add_argument("--minutes", type=float, default=6.0, help="in all (default %(default)s)")

@@ -1,10 +1,9 @@
 """What a step launches and moves on a GPU, and what Triton builds for it; no GPU is needed, and nothing is computed.
 
-For the parameter lists of networks the package makes its plan of a step, compiles ahead and steps, for parameters that are said
-to be on a GPU and have no values. In place of a kernel a recorder notes the launch and what it is to be compiled for; Triton
-then builds each kernel for an H100 (sm_90), and its disassembler says how many registers it takes, what does not fit in them,
-and which loads are 128 bits wide. Device time is an estimate: bytes over 2.5 TB/s, and at least 2 us a launch; that of fused
-AdamW is made the same way. What a card takes, gpu.py measures.
+The package makes its plan of a step, compiles ahead and steps, for parameters that are said to be on a GPU and have no values.
+In place of a kernel a recorder notes the launch. Triton then builds each kernel for an H100 (sm_90), and its disassembler says
+how many registers it takes, what does not fit in them, and which loads are 128 bits wide. Device time is an estimate: bytes
+over 2.5 TB/s, and at least 2 us a launch; that of fused AdamW is its bytes alone. What a card takes, gpu.py measures.
 
 It needs Triton, which CUDA builds of torch bring, and a C compiler. Each network has a process of its own, with empty caches.
 
@@ -18,7 +17,7 @@ import importlib.util
 import math
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from _networks import ROWS, Row, Shapes
@@ -29,21 +28,18 @@ BANDWIDTH, SHORTEST = 2.5e12, 2e-6  # bytes a second, and seconds of a launch at
 LARGE = 1.0  # bytes an element that make a kernel a large one
 
 
-class Case(NamedTuple):
-    row: Row
-    ranks: int  # that share the parameters
-    options: dict[str, Any]  # of the optimizer
+Case = tuple[Row, int, dict[str, Any]]  # the ranks that share the parameters, and options of the optimizer
 
 
 def sharded(name: str) -> Case:
     row = ROWS[name]
-    return Case(row._replace(title=f"{row.title}, a piece of {RANKS} ranks"), RANKS, {})
+    return row._replace(title=f"{row.title}, a piece of {RANKS} ranks"), RANKS, {}
 
 
 HALF_MOMENTUM = ROWS["gpt2-beta1"]._replace(title="GPT-2 with beta1=0.9, momentum in bfloat16")
-CASES = {
-    **{name: Case(row, 1, {}) for name, row in ROWS.items()},
-    "gpt2-beta1-bfloat16": Case(HALF_MOMENTUM, 1, {"momentum_dtype": torch.bfloat16}),
+CASES: dict[str, Case] = {
+    **{name: (row, 1, {}) for name, row in ROWS.items()},
+    "gpt2-beta1-bfloat16": (HALF_MOMENTUM, 1, {"momentum_dtype": torch.bfloat16}),
     **{f"{name}-sharded": sharded(name) for name in ("gpt2", "decoder-600m")},
 }
 DEFAULT = [name for name in CASES if name not in ("vit-b16", "widths24", "train")]
@@ -88,26 +84,6 @@ def pieces_of(shapes: Sequence[Sequence[int]], ranks: int) -> Shapes:
     return [(-(-first // ranks), *rest) for first, *rest in shapes] if ranks > 1 else [tuple(shape) for shape in shapes]
 
 
-def adamw(shapes: Shapes, itemsize: int) -> dict[str, float]:
-    """Of torch.optim.AdamW(fused=True): 36 tensors or 320 blocks of 65,536 elements a launch, four reads and three writes."""
-    launches = blocks = tensors = 0
-    for numel in map(math.prod, shapes):
-        tensors += 1
-        left = -(-numel // 65_536)
-        while left:
-            taken = min(left, 320 - blocks)
-            blocks, left = blocks + taken, left - taken
-            if blocks == 320 or (tensors == 36 and not left):
-                launches, blocks, tensors = launches + 1, 0, int(left > 0)
-    launches += (blocks > 0) + -(-len(shapes) // 110)  # and the step counts, by an addition of their own
-    moved = 7 * itemsize * sum(map(math.prod, shapes))
-    return {
-        "launches": launches,
-        "bytes_per_element": 7.0 * itemsize,
-        "device_ms": milliseconds(moved, launches),
-    }
-
-
 def measure_case(case: Case, shown: float | None) -> dict[str, Any]:
     row, ranks, options = case
     shapes = row.shapes()
@@ -118,8 +94,10 @@ def measure_case(case: Case, shown: float | None) -> dict[str, Any]:
             constants = ", ".join(f"{name} {x}" for name, x in kernel["constants"].items())
             launches = f"{kernel['bytes_per_element']:6.2f} in {kernel['launches']} launches of {kernel['name']}"
             print(f"  {launches}: {constants}", flush=True)
-    peer = adamw(pieces_of(shapes, ranks), row.dtype.itemsize)
-    return {**row.described(), "ranks": ranks, "options": options, "fused_adamw": peer, **result}
+    numel = sum(map(math.prod, pieces_of(shapes, ranks)))
+    adamw = {"bytes_per_element": 7 * row.dtype.itemsize}  # four reads and three writes
+    adamw["device_ms"] = milliseconds(adamw["bytes_per_element"] * numel)
+    return {**row.described(), "ranks": ranks, "options": options, "fused_adamw": adamw, **result}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
@@ -138,7 +116,7 @@ def table(result: dict[str, Any]) -> str:
         peer, builds = row["fused_adamw"], [kernel["build"] for kernel in row["of_kernels"]]
         large = [kernel["build"] for kernel in row["of_kernels"] if kernel["bytes_per_element"] >= LARGE]
         counts = [str(row["graphs"]), str(row["graphs_in_steps"]), f"{row['codegen_s']:.1f}", str(row["triton_launches"])]
-        moved = [f"{row['bytes_per_element']:.2f}", f"{peer['bytes_per_element']:g} in {peer['launches']}"]
+        moved = [f"{row['bytes_per_element']:.2f}", f"{peer['bytes_per_element']:g}"]
         times = [f"{row['device_ms']:.2f}", f"{peer['device_ms']:.2f}"]
         most = ", ".join(str(max(build[what] for build in builds)) for what in ("registers", "stack"))
         wide = f"{len(large)}, {sum(build['wide_loads'] > 0 for build in large)}"
@@ -147,14 +125,14 @@ def table(result: dict[str, Any]) -> str:
 
 
 def draw(result: dict[str, Any]) -> Any:
-    """Launches, bytes and the estimate, beside fused AdamW's."""
-    panels: dict[str, Any] = {"launches of a step": {}, "bytes an element": {}, "device time, ms, estimated": {}}
-    for row in result["networks"].values():
-        peer = row["fused_adamw"]
-        launches = (row["triton_launches"] + row["aten_launches"], peer["launches"])
-        values = [launches, *((row[key], peer[key]) for key in ("bytes_per_element", "device_ms"))]
-        for rows, both in zip(panels.values(), values, strict=True):
-            rows[row["title"]] = list(zip(("Adafactor, fused", "fused AdamW"), both, strict=True))
+    """Bytes and the estimate, beside fused AdamW's."""
+    panels = {
+        title: {
+            row["title"]: [("Adafactor, fused", row[key]), ("fused AdamW", row["fused_adamw"][key])]
+            for row in result["networks"].values()
+        }
+        for title, key in (("bytes an element", "bytes_per_element"), ("device time, ms, estimated", "device_ms"))
+    }
     return dots(panels, "logarithmic")
 
 

@@ -12,6 +12,7 @@ import gc
 import itertools
 import math
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -48,12 +49,10 @@ def python_bytes_of(step: Callable[[], object]) -> int:
 
 def bytes_by_name(optimizer: Optimizer) -> dict[str, int]:
     """Bytes of the tensors of the state, by their name in it."""
-    result: dict[str, int] = {}
+    result: Counter[str] = Counter()
     for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                result[name] = result.get(name, 0) + value.nbytes
-    return result
+        result.update({name: value.nbytes for name, value in state.items() if isinstance(value, Tensor)})
+    return dict(result)
 
 
 def second_moment_bytes(shapes: Shapes) -> int:
@@ -77,8 +76,7 @@ def measure_contender(optimizer: Optimizer, params: list[Tensor]) -> dict[str, A
 
 
 def measure_row(row: Row, keys: list[str]) -> dict[str, Any]:
-    shapes = row.shapes()
-    params = make_params(shapes, row.dtype)
+    params = make_params(row.shapes(), row.dtype)
     contenders: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     for key in keys:
@@ -89,13 +87,9 @@ def measure_row(row: Row, keys: list[str]) -> dict[str, Any]:
         gc.collect()
     percents = ", ".join(f"{key} {x['percent_of_parameters']:.1f} %" for key, x in contenders.items())
     print(f"{row.title}: {percents}", flush=True)
-    return {
-        **row.described(),
-        "parameter_bytes": sum(param.nbytes for param in params),
-        "rows_and_columns_bytes": second_moment_bytes(shapes),
-        "not_measured": missing,
-        "contenders": contenders,
-    }
+    of_parameters, least = sum(param.nbytes for param in params), second_moment_bytes(row.shapes())
+    sizes = {"parameter_bytes": of_parameters, "rows_and_columns_bytes": least}
+    return {**row.described(), **sizes, "not_measured": missing, "contenders": contenders}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -2,10 +2,9 @@
 
 The steps run under torch's profiler, in which the package names its calls for the first of their members: "50257x768 float32
 fused", the launch of all that a fused step takes, or "64x64 float32 compiled", one of the calls of a compiled step.
-Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient
-read twice and the parameter written; of a vector, read once and written; state read and written) over their time stand beside
-what the machine reaches in a copy and in a read. A matrix that fits in the last cache is read from memory once and the second
-time from there, so that it may exceed the memory's bandwidth.
+Calls of one name are summed. The bytes that their members must move (of a matrix, parameter and gradient read twice and the
+parameter written; of a vector, read once and written; state read and written) over their time stand beside what torch reaches
+in memory. A matrix that fits in the last cache is read from there the second time, so that it may exceed that.
 
 The last step is also written as a trace, NAME.trace.json.gz, for https://ui.perfetto.dev or chrome://tracing.
 """
@@ -18,7 +17,7 @@ import gzip
 import json
 import statistics
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +25,11 @@ import torch
 from _contenders import CONTENDERS, make_params
 from _networks import ROWS, Row, rows_of
 from _shared import compare, dots, markdown_table, parser, run_profile
+from torch import Tensor
 from torch.autograd.profiler_util import FunctionEvent
 from torch.optim import Optimizer
 
-from adafactor_compiled._state.entries import Entry, entries_of
-from adafactor_compiled._step.plan import plan_of
-from adafactor_compiled._step.ranges import NAME, name_of
+from adafactor_compiled._step.ranges import NAME
 
 PATHS = ["fused", "compiled"]
 OUTSIDE = "outside of the calls"
@@ -46,45 +44,33 @@ def bandwidth(rounds: int) -> dict[str, float]:
     return {"copy_memory": 2 * x.nbytes / ms.pop("copy") / 1e6, "read_memory": x.nbytes / min(ms.values()) / 1e6}
 
 
-def without_count(of_range: str) -> str:
-    """`64x64 float32 compiled` of `Adafactor: 8 x 64x64 float32 compiled`."""
-    return of_range.removeprefix(NAME).split(" ", 2)[2]
-
-
-def bytes_of(entry: Entry) -> int:
+def bytes_of(param: Tensor, state: dict[str, Any]) -> int:
     """What a step must move for a parameter: see the top of this script."""
-    state = sum(x.nbytes for name, x in entry.state.items() if name.startswith("exp_avg"))
-    return (5 if entry.param.ndim >= 2 else 3) * entry.param.nbytes + 2 * state
+    kept = sum(x.nbytes for name, x in state.items() if name.startswith("exp_avg"))
+    return (5 if param.ndim >= 2 else 3) * param.nbytes + 2 * kept
 
 
-def calls_by_name(optimizer: Optimizer) -> dict[str, dict[str, int]]:
-    """How many calls of a name a step makes, the number of their members, and the bytes that these must move."""
-    entries = entries_of(optimizer.param_groups, optimizer.state)
-    plan = plan_of(entries, None)
-    ranges = [] if plan.table is None else [(plan.table.members[0].of, plan.fused, "fused")]
-    ranges += [(call.shape_class, list(call.positions), "compiled") for call in plan.calls]
-    if plan.uncompiled:
-        positions = [i for part in plan.uncompiled for i in part.positions]
-        ranges.append((plan.uncompiled[0].shape_class, positions, plan.uncompiled[0].path))
-    result: dict[str, dict[str, int]] = {}
-    for of, positions, how in ranges:
-        name = without_count(name_of(of, len(positions), how))
-        total = result.setdefault(name, {"calls": 0, "members": 0, "bytes": 0})
-        total["calls"] += 1
-        total["members"] += len(positions)
-        total["bytes"] += sum(bytes_of(entries[i]) for i in positions)
+def calls_of(events: list[FunctionEvent]) -> dict[str, dict[str, float]]:
+    """The calls of a step by name: how many they are, of how many members, how long; what is in none under OUTSIDE."""
+    whole = next(event for event in events if event.name.startswith("Optimizer.step#"))
+    result = {OUTSIDE: {"ms": whole.time_range.elapsed_us() / 1e3, "calls": 0, "members": 0}}
+    for event in events:
+        if event.name.startswith(NAME):
+            members, _, name = event.name.removeprefix(NAME).split(" ", 2)
+            ms, of_name = event.time_range.elapsed_us() / 1e3, result.setdefault(name, {"ms": 0.0, "calls": 0, "members": 0})
+            of_name.update(ms=of_name["ms"] + ms, calls=of_name["calls"] + 1, members=of_name["members"] + int(members))
+            result[OUTSIDE]["ms"] -= ms
     return result
 
 
-def times_of_step(events: list[FunctionEvent]) -> dict[str, float]:
-    """Milliseconds by name; what is in no call under OUTSIDE."""
-    whole = next(event for event in events if event.name.startswith("Optimizer.step#"))
-    result = {OUTSIDE: whole.time_range.elapsed_us() / 1e3}
-    for event in events:
-        if event.name.startswith(NAME):
-            name, ms = without_count(event.name), event.time_range.elapsed_us() / 1e3
-            result[name] = result.get(name, 0.0) + ms
-            result[OUTSIDE] -= ms
+def bytes_by_name(names: Iterable[str], optimizer: Optimizer) -> dict[str, int]:
+    """What the members of calls must move."""
+    result = dict.fromkeys(names, 0)
+    *_, others = (name for name in result if not name.endswith(" compiled"))
+    for param, state in optimizer.state.items():
+        # Members of a compiled call have one shape; a fused or an eager step is named for the first of all that it takes.
+        of_shape = f"{'x'.join(map(str, param.shape))} {str(param.dtype).removeprefix('torch.')} compiled"
+        result[of_shape if of_shape in result else others] += bytes_of(param, state)
     return result
 
 
@@ -107,9 +93,12 @@ def measure_row(name: str, row: Row, path: str, rounds: int, directory: Path) ->
     for _ in range(rounds):
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
             optimizer.step()
-        steps.append(times_of_step(list(profiler.events())))
-    calls = {OUTSIDE: {"calls": 0, "members": 0, "bytes": 0}, **calls_by_name(optimizer)}
-    measured = {name: {"ms": statistics.median(step[name] for step in steps), **of_name} for name, of_name in calls.items()}
+        steps.append(calls_of(list(profiler.events())))
+    moved = bytes_by_name(steps[-1], optimizer)
+    measured = {
+        name: {**of_name, "ms": statistics.median(step[name]["ms"] for step in steps), "bytes": moved[name]}
+        for name, of_name in steps[-1].items()
+    }
     trace = export(profiler, directory / f"{name}.trace.json.gz")
     print(f"{row.title}: {plain} a step; wrote {trace}, {trace.stat().st_size / 1e3:.0f} KB", flush=True)
     profiled = sum(of_name["ms"] for of_name in measured.values())
@@ -124,8 +113,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"rounds": options.rounds, "path": options.path, "gigabytes_per_second": reached, "rows": rows}
 
 
-def longest_first(row: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    return sorted(row["calls"].items(), key=lambda item: -item[1]["ms"])
+def longest_first(call: tuple[str, dict[str, Any]]) -> float:
+    return -call[1]["ms"]
 
 
 def rate(measured: dict[str, Any]) -> float:
@@ -139,7 +128,7 @@ def table(result: dict[str, Any]) -> str:
     text = [f"GB/s of this machine: {', '.join(reached)}"]
     for row in result["rows"].values():
         whole, lines = row["profiled_step_ms"], []
-        for name, measured in longest_first(row):
+        for name, measured in sorted(row["calls"].items(), key=longest_first):
             counts = [str(measured[key] or "-") for key in ("calls", "members")]
             times = [f"{measured['ms']:.2f}", f"{100 * measured['ms'] / whole:.1f}"]
             lines.append([name, *counts, *times, f"{rate(measured):.1f}" if measured["bytes"] else "-"])
@@ -154,7 +143,7 @@ def draw(result: dict[str, Any]) -> Any:
     rows = {
         f"{row['title']}: {name}": [reached, (path, rate(measured))]
         for row in result["rows"].values()
-        for name, measured in longest_first(row)
+        for name, measured in sorted(row["calls"].items(), key=longest_first)
         if measured["bytes"]
     }
     return dots({"GB/s of the bytes that calls must move": rows}, "logarithmic")

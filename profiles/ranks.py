@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from _contenders import make_params, sharded
+from _contenders import adamw, make_params, ours, sharded
 from _shared import dots, markdown_table, parser, run_profile, timing_of
 from torch import Tensor
 
@@ -60,30 +60,22 @@ def paper(ranks: int) -> dict[str, float]:
     shapes = decoder(32, 4096, 11008, 32000)
     numel, sent = sum(map(math.prod, shapes)), 4 * sent_numbers(shapes)
     local = numel / ranks / PAPER["memory_bytes_per_second"]
-    all_reduce = (
-        2 * (ranks - 1) / ranks * sent / PAPER["network_bytes_per_second"] + 2 * math.log2(ranks) * PAPER["hop_seconds"]
-    )
+    share, network = (ranks - 1) / ranks, PAPER["network_bytes_per_second"]
+    all_reduce = 2 * share * sent / network + 2 * math.log2(ranks) * PAPER["hop_seconds"]
     return {
         ADAFACTOR: local * PAPER["adafactor_bytes_per_parameter"] + all_reduce,
         ADAMW: local * PAPER["adamw_bytes_per_parameter"],
         "all_reduce": all_reduce,
         # What FSDP itself sends for the model in a step: parameters gathered twice and gradients scattered, in float32.
-        "training's own traffic": 3 * (ranks - 1) / ranks * 4 * numel / PAPER["network_bytes_per_second"],
+        "training's own traffic": 3 * share * 4 * numel / network,
     }
 
 
-Make = Callable[[list[Tensor]], torch.optim.Optimizer]
-OURS: dict[str, Any] = {"lr": 1e-3, "relative_step": False, "show_progress": False}
-CONTENDERS: dict[str, Make] = {
-    ADAFACTOR: lambda params: Adafactor(params, **OURS),
-    COMPILED: lambda params: Adafactor(params, **OURS, compile=True),
-    ADAMW: lambda params: torch.optim.AdamW(params, lr=1e-3),
-    FUSED: lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-}
+CONTENDERS = {ADAFACTOR: ours(fused=True), COMPILED: ours(compile=True), ADAMW: adamw(), FUSED: adamw(fused=True)}
 
 
 def steps_of(shapes: list[Shape], names: list[str]) -> dict[str, Callable[[], object]]:
-    optimizers = {name: CONTENDERS[name](sharded(make_params(shapes))) for name in names}
+    optimizers = {name: CONTENDERS[name](sharded(make_params(shapes)), None) for name in names}
     for turn in range(dist.get_world_size()):  # the first compiles, and the others find it on the disk
         for optimizer in optimizers.values():
             if turn == dist.get_rank() and isinstance(optimizer, Adafactor):
@@ -112,7 +104,7 @@ def measure_rank(rank: int, ranks: int, store: str, shapes: list[Shape], rounds:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
     steps = steps_of(shapes, list(CONTENDERS))
     if ranks == 1:
-        steps[UNSHARDED] = CONTENDERS[ADAFACTOR](make_params(shapes)).step
+        steps[UNSHARDED] = CONTENDERS[ADAFACTOR](make_params(shapes), None).step
     buffer = torch.zeros(sent_numbers(shapes))
     times = times_of({**steps, "all_reduce": lambda: dist.all_reduce(buffer)}, rounds, time.perf_counter)
     dist.all_reduce(times, dist.ReduceOp.MAX)

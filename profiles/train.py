@@ -15,7 +15,6 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -53,16 +52,15 @@ LINES: dict[str, dict[str, Any]] = {
 }
 
 
-@dataclass
 class Run:
     """One contender's model, optimizer and what came of them."""
 
-    name: str
-    model: CharacterTransformer
-    optimizer: Optimizer
-    schedule: LambdaLR
-    losses: list[float] = field(default_factory=list)
-    step_ms: list[float] = field(default_factory=list)  # of optimizer.step() alone
+    def __init__(self, name: str, model: CharacterTransformer, steps: int) -> None:
+        self.name, self.model = name, model
+        self.optimizer = CONTENDERS[name][0](model.parameters())
+        self.schedule = LambdaLR(self.optimizer, lambda step: min(1.0, (step + 1) / max(1.0, WARM_UP * steps)))
+        self.losses: list[float] = []
+        self.step_ms: list[float] = []  # of optimizer.step() alone
 
     def train_step(self, x: Tensor, y: Tensor) -> None:
         loss = self.model.loss(x, y)
@@ -73,6 +71,9 @@ class Run:
         self.schedule.step()
         self.optimizer.zero_grad()
         self.losses.append(loss.item())
+
+    def distance_from(self, other: Run) -> float:
+        return max(abs(a - b) / b for a, b in zip(self.losses, other.losses, strict=True))
 
     @torch.no_grad()
     def outcome(self, held_out: list[tuple[Tensor, Tensor]]) -> dict[str, Any]:
@@ -95,23 +96,13 @@ def state_bytes(optimizer: Optimizer) -> int:
     return sum(x.nbytes for state in optimizer.state.values() for x in state.values() if isinstance(x, Tensor))
 
 
-def start_runs(alphabet_size: int, steps: int) -> list[Run]:
-    torch.manual_seed(SEED)
-    start = CharacterTransformer(alphabet_size, context=CONTEXT)
-    runs = []
-    for name, (make, _, _) in CONTENDERS.items():
-        model = copy.deepcopy(start)
-        optimizer = make(model.parameters())
-        schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / max(1.0, WARM_UP * steps)))
-        runs.append(Run(name, model, optimizer, schedule))
-    return runs
-
-
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     steps = options.steps or (QUICK_STEPS if options.quick else STEPS)
     start = time.perf_counter()
     text, held_out, alphabet = english()
-    runs = start_runs(len(alphabet), steps)
+    torch.manual_seed(SEED)
+    model = CharacterTransformer(len(alphabet), context=CONTEXT)
+    runs = [Run(name, copy.deepcopy(model), steps) for name in CONTENDERS]
     counters.clear()
     for done, (x, y) in enumerate(batches(text, steps, BATCH, CONTEXT, SEED), 1):
         for run in runs:
@@ -119,24 +110,14 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         show_progress(f"training {done}/{steps}, losses " + " | ".join(f"{run.losses[-1]:.2f}" for run in runs))
     show_progress()
     pairs = list(batches(held_out, 2 if options.quick else HELD_OUT_BATCHES, BATCH, CONTEXT, SEED))
-    reference = next(run for run in runs if run.name == REFERENCE)
+    fused, compiled, reference, *_ = runs
     shapes = [tuple(param.shape) for param in reference.model.parameters()]
     yield {
         "seconds": time.perf_counter() - start,
         "seed": SEED,
         "rounds": steps,
-        "model": {
-            "parameters": sum(map(math.prod, shapes)),
-            "shapes": shapes,
-            "batch": BATCH,
-            "context": CONTEXT,
-            "training_characters": len(text),
-        },
-        "largest_relative_difference_to_reference": {
-            run.name: max(abs(a - b) / b for a, b in zip(run.losses, reference.losses, strict=True))
-            for run in runs
-            if run.name in (FUSED, COMPILED)
-        },
+        "model": {"parameters": sum(map(math.prod, shapes)), "shapes": shapes, "batch": BATCH, "context": CONTEXT},
+        "largest_relative_difference_to_reference": {run.name: run.distance_from(reference) for run in (fused, compiled)},
         "graphs_compiled": counters["stats"]["unique_graphs"],
         "runs": {run.name: run.outcome(pairs) for run in runs},
     }
@@ -144,17 +125,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
 
 def table(result: dict[str, Any]) -> str:
     header = ["", "learning rate", "held-out loss", "step, ms", "state, bytes", "first step, s"]
-    rows = [
-        [
-            name,
-            f"{run['lr']:g}, {run['lr_source']}",
-            f"{run['held_out_loss']:.3f}",
-            f"{run['step_ms']['median']:.2f}",
-            f"{run['state_bytes']:,}",
-            f"{run['first_step_s']:.2f}",
-        ]
-        for name, run in result["runs"].items()
-    ]
+    rows = []
+    for name, run in result["runs"].items():
+        trained = [f"{run['lr']:g}, {run['lr_source']}", f"{run['held_out_loss']:.3f}", f"{run['step_ms']['median']:.2f}"]
+        rows.append([name, *trained, f"{run['state_bytes']:,}", f"{run['first_step_s']:.2f}"])
     model, apart = result["model"], result["largest_relative_difference_to_reference"]
     size = f"{model['parameters']:,} parameters in {len(model['shapes'])} tensors"
     differences = ", ".join(f"{name} {most:.1e}" for name, most in apart.items())

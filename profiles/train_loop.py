@@ -18,43 +18,28 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from _contenders import CONTENDERS, ours
 from _shared import compare, dots, markdown_table, parser, run_profile
 from _shared.character_model import CharacterTransformer, batches, english
 from torch import nn
 
-from adafactor_compiled import Adafactor
-
 SEED, BATCH, CONTEXT = 0, 12, 64
-OURS = {"lr": 1e-3, "scale_parameter": False, "relative_step": False}
-NONE, TRANSFORMERS = "no optimizer", "transformers"
+NONE = "no optimizer"
 MODES = ["eager", "compiled"]
+KEYS = ["fused", "compiled", "adamw-fused", "transformers"]
+IN_GRAPH = {"fused": ours(fused=True, capturable=True), "compiled": ours(compile=True, capturable=True)}
 # The limit of graphs counts by code object; older releases have no way to keep it to one function.
 ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
-Step = Callable[[], object]
-Make = Callable[[Any, bool], Any]  # of parameters, and whether its step is to be a part of a graph
 
-
-def _transformers(params: Any, in_graph: bool) -> Any:
-    from transformers.optimization import Adafactor as Original
-
-    return Original(params, **OURS)
-
-
-CONTENDERS: dict[str, Make] = {
-    NONE: lambda params, in_graph: None,
-    "Adafactor, fused": lambda params, in_graph: Adafactor(params, **OURS, fused=True, capturable=in_graph),
-    "Adafactor, compiled": lambda params, in_graph: Adafactor(params, **OURS, compile=True, capturable=in_graph),
-    "fused AdamW": lambda params, in_graph: torch.optim.AdamW(params, lr=1e-3, fused=True),
-    TRANSFORMERS: _transformers,
-}
-
-
-def contender(name: str, model: nn.Module, batch: tuple[Any, Any], mode: str, device: str, backend: str) -> Step:
+def step_of(key: str, model: nn.Module, batch: tuple[Any, Any], mode: str, backend: str) -> Callable[[], object]:
+    """A training step with this optimizer on a copy of the model."""
     model = copy.deepcopy(model)
-    params, loss_of = list(model.parameters()), model.loss
-    optimizer = CONTENDERS[name](params, mode == "compiled")
-    if mode == "compiled" and name == TRANSFORMERS:
+    params, loss_of, compiled, optimizer = list(model.parameters()), model.loss, mode == "compiled", None
+    if key != NONE:
+        make = IN_GRAPH.get(key, CONTENDERS[key].make) if compiled else CONTENDERS[key].make
+        optimizer = make(params, None)
+    if compiled and key == "transformers":
         loss_of = torch.compile(loss_of, backend=backend, **ISOLATED)
 
     def train() -> Any:
@@ -69,20 +54,20 @@ def contender(name: str, model: nn.Module, batch: tuple[Any, Any], mode: str, de
         for param in params:
             param.grad = None
 
-    whole = torch.compile(train, backend=backend, **ISOLATED) if mode == "compiled" and name != TRANSFORMERS else train
+    whole = torch.compile(train, backend=backend, **ISOLATED) if compiled and key != "transformers" else train
 
     def step() -> None:
         whole()
         if optimizer is None:  # what a graph drops itself would be dead code in it, and the backward pass with that
             drop_gradients()
-        if device == "cuda":
+        if params[0].is_cuda:
             torch.cuda.synchronize()
 
     return step
 
 
 def measured(
-    names: list[str], rounds: int, calls: int, device: str = "cpu", backend: str = "inductor", **sizes: int
+    keys: list[str], rounds: int, calls: int, device: str = "cpu", backend: str = "inductor", **sizes: int
 ) -> Iterator[dict[str, Any]]:
     """What was measured so far: seconds of the first steps, milliseconds of the others if there are rounds, and errors."""
     torch._dynamo.config.trace_autograd_ops = True
@@ -91,21 +76,20 @@ def measured(
     count, context = sizes.pop("batch", BATCH), sizes.get("context", CONTEXT)
     model = CharacterTransformer(len(alphabet), **sizes).to(device)
     ((x, y),) = batches(text, 1, count, context, SEED)
-    batch = (x.to(device), y.to(device))
     parameters = sum(param.numel() for param in model.parameters())
     result: dict[str, Any] = {"parameters": parameters, "batch": [count, context]}
     result |= {"timings": {}, "first_steps": {}, "errors": {}}
     for mode in MODES:
         steps = {}
-        for name in names:
-            start, key = time.perf_counter(), f"{mode}: {name}"
+        for key in keys:
+            name, start = CONTENDERS[key].name if key in CONTENDERS else key, time.perf_counter()
             try:
-                step = contender(name, model, batch, mode, device, backend)
+                step = step_of(key, model, (x.to(device), y.to(device)), mode, backend)
                 step()
                 steps[name] = step
-                result["first_steps"][key] = time.perf_counter() - start
+                result["first_steps"][f"{mode}: {name}"] = time.perf_counter() - start
             except Exception:  # one that does not run here is a result
-                result["errors"][key] = traceback.format_exc()[-1500:]
+                result["errors"][f"{mode}: {name}"] = traceback.format_exc()[-1500:]
             yield result
         if rounds:
             result["timings"][mode] = compare(steps, rounds, calls=calls)
@@ -114,8 +98,8 @@ def measured(
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     if options.quick:
-        return measured([NONE, "Adafactor, fused"], 1, 1, width=16, depth=1)
-    return measured(list(CONTENDERS), options.rounds, 5, depth=1)
+        return measured([NONE, "fused"], 1, 1, width=16, depth=1)
+    return measured([NONE, *KEYS], options.rounds, 5, depth=1)
 
 
 def table(result: dict[str, Any]) -> str:

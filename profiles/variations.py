@@ -40,39 +40,35 @@ HELD_OUT_BATCHES = 80
 QUICK_STEPS, QUICK_HELD_OUT_BATCHES = 4, 2
 
 
-class Data(NamedTuple):
+class Task(NamedTuple):
     model: Callable[[], nn.Module]
     batches: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]  # of how many, and the seed
     held_out: list[tuple[Tensor, Tensor]]
-
-
-@functools.cache
-def characters() -> Data:
-    text, held_out, alphabet = character.english()
-    return Data(
-        lambda: character.CharacterTransformer(len(alphabet), width=64, depth=2, context=CONTEXT),
-        lambda count, seed: character.batches(text, count, BATCH, CONTEXT, seed),
-        list(character.batches(held_out, HELD_OUT_BATCHES, BATCH, CONTEXT, seed=0)),
-    )
-
-
-@functools.cache
-def digits() -> Data:
-    scans, labels, *held_out = digit.digits()
-    return Data(
-        digit.DigitNetwork,
-        lambda count, seed: digit.batches(scans, labels, count, 2 * BATCH, seed),
-        list(zip(*(x.split(2 * BATCH) for x in held_out), strict=True)),
-    )
-
-
-class Task(NamedTuple):
-    data: Callable[[], Data]
     steps: int
     rates: Sequence[float]
 
 
-TASKS = {"characters": Task(characters, 700, (1e-3, 3e-3, 1e-2)), "digits": Task(digits, 600, (3e-3, 1e-2, 3e-2))}
+@functools.cache
+def characters() -> Task:
+    text, held_out, alphabet = character.english()
+    return Task(
+        lambda: character.CharacterTransformer(len(alphabet), width=64, depth=2, context=CONTEXT),
+        lambda count, seed: character.batches(text, count, BATCH, CONTEXT, seed),
+        list(character.batches(held_out, HELD_OUT_BATCHES, BATCH, CONTEXT, seed=0)),
+        700,
+        (1e-3, 3e-3, 1e-2),
+    )
+
+
+@functools.cache
+def digits() -> Task:
+    scans, labels, *held_out = digit.digits()
+    held_out_batches = list(zip(*(x.split(2 * BATCH) for x in held_out), strict=True))
+    batches = functools.partial(digit.batches, scans, labels, size=2 * BATCH)
+    return Task(digit.DigitNetwork, batches, held_out_batches, 600, (3e-3, 1e-2, 3e-2))
+
+
+TASKS: dict[str, Callable[[], Task]] = {"characters": characters, "digits": digits}
 Make = Callable[[Any, "float | None"], Optimizer]  # of parameters and learning rate
 
 
@@ -82,8 +78,8 @@ class Contender(NamedTuple):
     scale: float | None = 1.0  # of the task's rates; None where it has a rate of its own
     tasks: Sequence[str] = tuple(TASKS)  # where it is another optimizer than its base
 
-    def rates(self, task: str) -> list[float | None]:
-        return [None] if self.scale is None else [self.scale * lr for lr in TASKS[task].rates]
+    def rates(self, task: Task) -> list[float | None]:
+        return [None] if self.scale is None else [self.scale * lr for lr in task.rates]
 
 
 def ours(**options: Any) -> Make:
@@ -129,19 +125,19 @@ def share_of_rate(steps: int, step: int) -> float:
 
 def train(job: Job) -> tuple[float, float, int]:
     """Loss, inf where it is NaN, and accuracy on what was held out; the bytes kept between steps."""
-    data = TASKS[job.task].data()
+    task = TASKS[job.task]()
     torch.manual_seed(job.seed)
-    model: Any = data.model()
+    model: Any = task.model()
     optimizer = CONTENDERS[job.name].make(model.parameters(), job.lr)
     by_rate = functools.partial(share_of_rate, job.steps)
     schedule = AdafactorSchedule(optimizer) if job.lr is None else LambdaLR(optimizer, by_rate)
-    for x, y in data.batches(job.steps, job.seed):
+    for x, y in task.batches(job.steps, job.seed):
         optimizer.zero_grad()
         model.loss(x, y).backward()
         optimizer.step()
         schedule.step()
     with torch.no_grad():
-        pairs = [(model(x).flatten(0, -2), y.flatten()) for x, y in data.held_out[: job.held_out]]
+        pairs = [(model(x).flatten(0, -2), y.flatten()) for x, y in task.held_out[: job.held_out]]
     logits, labels = map(torch.cat, zip(*pairs, strict=True))
     loss, accuracy = functional.cross_entropy(logits, labels).item(), (logits.argmax(-1) == labels).float().mean().item()
     return loss if math.isfinite(loss) else math.inf, accuracy, state_bytes(optimizer)
@@ -151,23 +147,24 @@ def measure(options: Namespace) -> Iterator[dict[str, Any]]:
     start, workers, tasks = time.perf_counter(), torch.get_num_threads(), {}
     payload = {"seeds": SEEDS, "runs_at_once": workers, "tasks": tasks}
     with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
-        for task in options.tasks or TASKS:
-            parameters = sum(param.numel() for param in TASKS[task].data().model().parameters())
-            steps = QUICK_STEPS if options.quick else TASKS[task].steps
-            rest = (steps, QUICK_HELD_OUT_BATCHES if options.quick else None)
-            rates = {name: contender.rates(task) for name, contender in CONTENDERS.items() if task in contender.tasks}
-            jobs = [Job(task, name, lr, seed, *rest) for name in rates for lr in rates[name] for seed in SEEDS]
-            tasks[task] = {"steps": steps, "parameters": parameters, "contenders": {}}
+        for name_of_task in options.tasks or TASKS:
+            task = TASKS[name_of_task]()
+            rest = (QUICK_STEPS, QUICK_HELD_OUT_BATCHES) if options.quick else (task.steps, None)
+            rates = {name: contender.rates(task) for name, contender in CONTENDERS.items() if name_of_task in contender.tasks}
+            jobs = [Job(name_of_task, name, lr, seed, *rest) for name in rates for lr in rates[name] for seed in SEEDS]
+            parameters = sum(param.numel() for param in task.model().parameters())
+            contenders: dict[str, Any] = {}
+            tasks[name_of_task] = {"steps": rest[0], "parameters": parameters, "contenders": contenders}
             with closing(pool.map(train, jobs)) as outcomes:  # closed, it drops the runs that have not begun
                 for name in rates:
-                    show_progress(f"training {task}: {name}")
+                    show_progress(f"training {name_of_task}: {name}")
                     of_rates = []
                     for lr in rates[name]:
                         losses, accuracies, (held, *_) = zip(*islice(outcomes, len(SEEDS)), strict=True)
                         of_rates.append({"lr": lr, "held_out_losses": losses, "accuracies": accuracies})
                     means = [statistics.fmean(of["held_out_losses"]) for of in of_rates]
-                    found = {"base": CONTENDERS[name].base, "best": means.index(min(means)), "rates": of_rates}
-                    tasks[task]["contenders"][name] = {**found, "state_bytes": held}
+                    best = means.index(min(means))
+                    contenders[name] = {"base": CONTENDERS[name].base, "best": best, "rates": of_rates, "state_bytes": held}
                     yield {**payload, "seconds": time.perf_counter() - start}
     show_progress()
 

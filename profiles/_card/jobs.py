@@ -73,9 +73,9 @@ def run_at_once(jobs: Sequence[Job], folder: Path, deadline: float) -> Iterator[
     Yields:
         (job, its record so far, whether it has ended), every second or so.
     """
-    running: dict[int, tuple[Any, float]] = {}
+    running: list[tuple[Job, Any, float]] = []
     try:
-        for i, job in enumerate(jobs):
+        for job in jobs:
             if deadline - time.monotonic() < LEAST_SECONDS:
                 yield job, {"error": "no time was left"}, True
                 continue
@@ -85,30 +85,27 @@ def run_at_once(jobs: Sequence[Job], folder: Path, deadline: float) -> Iterator[
             process = multiprocessing.get_context("spawn").Process(target=_child, args=(job, folder / f"{job}.json"))
             with mock.patch.dict(os.environ, {"TMPDIR": str(cache), **caches}):
                 process.start()
-            running[i] = process, time.monotonic()
+            running.append((job, process, time.monotonic()))
         while running:
             time.sleep(0.5)
-            for i, (process, start) in list(running.items()):
+            for job, process, start in list(running):
                 seconds = time.monotonic() - start
-                cut = process.is_alive() and (seconds > jobs[i].seconds or time.monotonic() > deadline)
+                cut = process.is_alive() and (seconds > job.seconds or time.monotonic() > deadline)
                 if cut:
                     process.kill()
                     process.join()
                 if ended := not process.is_alive():
-                    del running[i]
-                yield jobs[i], _record_of(jobs[i], folder, process.exitcode, seconds, cut), ended
+                    running.remove((job, process, start))
+                path = folder / f"{job}.json"
+                record: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+                record["seconds"] = round(seconds, 1)
+                if cut:
+                    record["error"] = f"cut off after {seconds:.1f} s"
+                elif process.exitcode:
+                    printed = path.with_suffix(".log").read_text(errors="replace")
+                    record["error"] = f"ended with {process.exitcode}: {printed[-SHOWN:]}"
+                yield job, record, ended
     finally:
-        for process, _ in running.values():
+        for _, process, _ in running:
             process.kill()
             process.join()
-
-
-def _record_of(job: Job, folder: Path, code: int | None, seconds: float, cut: bool) -> Record:
-    path = folder / f"{job}.json"
-    record: Record = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-    record["seconds"] = round(seconds, 1)
-    if cut:
-        record["error"] = f"cut off after {record['seconds']} s"
-    elif code:
-        record["error"] = f"ended with {code}: {path.with_suffix('.log').read_text(errors='replace')[-SHOWN:]}"
-    return record

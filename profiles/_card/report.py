@@ -10,7 +10,7 @@ import train_loop
 from _contenders import CONTENDERS
 from _shared import dots, markdown_table
 
-from _card.steps import ADAMW, FEW, LISTS, OTHERS, OURS
+from _card.steps import ADAMW, LISTS, OURS
 
 Result = dict[str, Any]
 
@@ -37,7 +37,7 @@ def table(result: Result) -> str:
     torch_version, seconds = result["machine"]["torch"], result.get("seconds", 0)
     shown = [f"{name}, driver {card['driver']}, CUDA {card['cuda']}, torch {torch_version}, {seconds:.0f} s", _checks(parts)]
     if "steps" in parts or "first_steps" in parts:
-        shown += [_costs(parts), _everyone(parts.get("steps", {}))]
+        shown.append(_costs(parts))
     if "timings" in parts.get("training", {}):
         shown.append(train_loop.table(parts["training"]))
     errors = [f"- {place}: {error.strip().splitlines()[-1]}" for place, error in _errors(parts)]
@@ -64,7 +64,7 @@ def _checks(parts: Result) -> str:
         lines.append(["its error / its change", errors])
     if tests := parts.get("tests"):
         counts = ", ".join(f"{tests[key]} {key}" for key in ("passed", "failed", "skipped") if key in tests)
-        lines.append([f"pytest -m {tests.get('marker', 'cuda')}", counts or "-"])
+        lines.append(["pytest -m cuda", counts or "-"])
     if syncs := parts.get("syncs"):
         lines.append(["20 steps that wait for nothing", syncs.get("skipped") or _counted(syncs.get("paths", {}))])
     return markdown_table(["check", "result"], lines)
@@ -75,40 +75,34 @@ def _counted(paths: Mapping[str, Any]) -> str:
     return f"{len(paths) - len(failed)} of {len(paths)}" + "".join(f"; not {name}" for name in failed)
 
 
+def groups_of(row: Result) -> dict[str, str]:
+    """The contenders, and whether they were measured among few or among all."""
+    few = row.get("few", {})
+    return {key: "few" if key in few else "all" for key in [*few, *row.get("all", {})]}
+
+
 def _costs(parts: Result) -> str:
-    """A row a network: what a step takes of the device and the host, what the first one takes, what it holds."""
-    rows = []
-    for network in dict.fromkeys([*parts.get("steps", {}), *parts.get("first_steps", {})]):
-        row = parts.get("steps", {}).get(network, {})
-        times = [median(row, "few", key, what) for what in ("device_ms", "host_ms") for key in FEW]
-        speedup = median(row, "all", "transformers") / median(row, "all", OURS)
-        first = [number(parts.get("first_steps"), network, "first_step_s"), number(row, "first_step", "first_step_s")]
-        peaks = [100 * number(row, "peak_bytes", key) / number(row, "parameter_bytes") for key in FEW]
-        numbers = [*times, times[0] / times[1], speedup, *first, *peaks]
-        rows.append([LISTS[network].title, *map(show, numbers)])
-    header = ["", "fused, device ms", "fused AdamW", "fused, host ms", "fused AdamW", "fused / fused AdamW, device"]
-    header += ["times faster than transformers", "first step cold, s", "warm, s", "peak, % of the parameters", "fused AdamW"]
-    return markdown_table(header, rows)
-
-
-def _everyone(steps: Result) -> str:
-    lines = []
-    for key in [*FEW, *OTHERS]:
-        times = [(median(row, "all", key), median(row, "all", key, "host_ms")) for row in steps.values()]
-        lines.append([CONTENDERS[key].name, *(f"{show(device)} / {show(host)}" for device, host in times)])
-    return markdown_table(["all in turn, device / host ms", *(LISTS[network].title for network in steps)], lines)
+    """For each network what a step of every contender takes and holds, and what our first one takes."""
+    header = ["a step, all in turn", "device, ms", "/ fused AdamW", "host, ms", "peak, % of the parameters"]
+    rows, first_steps = [], []
+    for network, row in parts.get("steps", {}).items():
+        for key, group in groups_of(row).items():
+            times = [median(row, group, key), median(row, group, key) / median(row, group, ADAMW)]
+            peak = 100 * number(row, "peak_bytes", key) / number(row, "parameter_bytes")
+            shown = [show(x) for x in (*times, median(row, group, key, "host_ms"), peak)]
+            rows.append([f"{LISTS[network].title}: {CONTENDERS[key].name}", *shown])
+    for network in parts.get("first_steps", {}):
+        warm = number(parts, "steps", network, "first", OURS, "first_step_s")
+        first_steps.append([LISTS[network].title, show(number(parts, "first_steps", network, "first_step_s")), show(warm)])
+    return f"{markdown_table(header, rows)}\n\n{markdown_table(['first step, s', 'cold', 'warm'], first_steps)}"
 
 
 def draw(result: Result) -> Any:
     """For each network the contenders' times on the device over that of fused AdamW; and the training step."""
     rows: dict[str, Any] = {}
     for network, row in result["parts"].get("steps", {}).items():
-        ratios = {
-            key: median(row, group, key) / median(row, group, ADAMW)
-            for group, keys in (("all", OTHERS), ("few", FEW))
-            for key in keys
-        }
-        rows[LISTS[network].title] = [(CONTENDERS[key].name, x) for key, x in ratios.items() if not math.isnan(x)]
+        ratios = [(key, median(row, group, key) / median(row, group, ADAMW)) for key, group in groups_of(row).items()]
+        rows[LISTS[network].title] = [(CONTENDERS[key].name, x) for key, x in ratios if not math.isnan(x)]
     training = result["parts"].get("training", {}).get("timings", {})
     modes = {mode: [(name, x["median"]) for name, x in timings.items()] for mode, timings in training.items()}
     panels = {"One optimizer step, device time / fused AdamW's": rows, "A training step, ms": modes}

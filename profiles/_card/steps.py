@@ -14,8 +14,7 @@ from _networks import ROWS, Row
 from _shared import call_ms, compare
 from torch import Tensor
 from torch.optim import Optimizer
-from train_loop import CONTENDERS as IN_TRAINING
-from train_loop import measured
+from train_loop import KEYS, NONE, measured
 
 from _card.checks import SHAPES
 from _card.jobs import Emit, Record, recorded
@@ -93,43 +92,33 @@ def params_of(network: str, device: str) -> list[Tensor]:
     return params
 
 
+def first_step(record: Record, key: str, params: list[Tensor], beta1: float | None, device: str) -> dict[str, Optimizer]:
+    """The contender, after a step whose seconds and its construction's the record has; without one that is not for these."""
+    start = time.perf_counter()
+    made, missing = make_optimizers([key], params, beta1)
+    for optimizer in made.values():
+        optimizer.step()
+        synchronize(device)
+        record["first_step_s"] = time.perf_counter() - start
+    if missing:
+        record["error"] = missing[key]
+    return made
+
+
 def first_steps(record: Record, emit: Emit, network: str, device: str) -> None:
     """The first step of a fresh process; its cache is what the caller has made it."""
-    params = params_of(network, device)
-    _first_step(record, params, LISTS[network].beta1, device)
-
-
-def _first_step(record: Record, params: list[Tensor], beta1: float | None, device: str) -> Optimizer:
-    def done() -> float:
-        synchronize(device)
-        return time.perf_counter()
-
-    start = done()
-    optimizer = CONTENDERS[OURS].make(params, beta1)
-    made = done()
-    optimizer.step()
-    first = done()
-    optimizer.step()
-    record.update(construction_s=made - start, first_step_s=first - made, second_step_s=done() - first)
-    return optimizer
+    first_step(record, OURS, params_of(network, device), LISTS[network].beta1, device)
 
 
 def steps(record: Record, emit: Emit, network: str, device: str, rounds: int) -> None:
     """First ours and fused AdamW alone, then all in turn; for each of both its memory."""
     row, params = LISTS[network], params_of(network, device)
-    record |= {**row.described(), "parameter_bytes": sum(param.nbytes for param in params), "errors": {}, "peak_bytes": {}}
+    record |= {**row.described(), "parameter_bytes": sum(param.nbytes for param in params), "peak_bytes": {}, "first": {}}
     clock, optimizers = Clock(device), dict[str, Optimizer]()
     for group, keys in (("few", FEW), ("all", OTHERS)):
         for key in keys:
-            with recorded(record["errors"], key):  # one that does not run here is a result
-                if key == OURS:
-                    made = {key: _first_step(record.setdefault("first_step", {}), params, row.beta1, device)}
-                else:
-                    made, missing = make_optimizers([key], params, row.beta1)
-                    record["errors"] |= missing
-                for optimizer in made.values():
-                    optimizer.step()
-                optimizers |= made
+            with recorded(record["first"].setdefault(key, {})):  # one that does not run here is a result
+                optimizers |= first_step(record["first"][key], key, params, row.beta1, device)
             emit()
         record[group] = clock.compare(optimizers, rounds)
         if device == "cuda":
@@ -156,7 +145,7 @@ def training(record: Record, emit: Emit, device: str, rounds: int, quick: bool) 
     sizes = {"width": 16, "depth": 1, "heads": 2, "context": 16, "batch": 2}
     if device == "cuda" and not quick:
         sizes = {"width": 512, "depth": 2, "heads": 8, "context": 256, "batch": 32}
-    names = list(IN_TRAINING)[:2] if quick else list(IN_TRAINING)
-    for measured_so_far in measured(names, rounds, 10, device, "aot_eager" if quick else "inductor", **sizes):
-        record.update(measured_so_far)
+    keys, backend = ([NONE, *KEYS[:1]], "aot_eager") if quick else ([NONE, *KEYS], "inductor")
+    for so_far in measured(keys, rounds, 10, device, backend, **sizes):
+        record.update(so_far)
         emit()

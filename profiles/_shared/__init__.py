@@ -1,6 +1,6 @@
 """What the profiles share: timing side by side, one JSON for each run, one style of picture, one form of table.
 
-A profile is a script, `python profiles/NAME.py --help`; the directory of a script is on its path, so it says
+A profile is a script, whose directory is on its path, so it says
 
     from _shared import compare, dots, markdown_table, parser, run_profile
 

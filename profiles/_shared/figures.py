@@ -13,29 +13,23 @@ if TYPE_CHECKING:
 
 Rows = Mapping[str, Iterable[tuple[str, float]]]
 
-INK, MUTED, GRID = "#1a1a1a", "#5f6368", "#e4e4e4"
+MUTED, GRID = "#5f6368", "#e4e4e4"
 
 STYLE: dict[str, Any] = {
     "figure.dpi": 110,
     "savefig.dpi": 150,
     "figure.constrained_layout.use": True,
     "font.size": 10,
-    "axes.titlesize": 11,
     "axes.titleweight": "bold",
     "axes.titlelocation": "left",
     "axes.labelcolor": MUTED,
     "axes.edgecolor": MUTED,
     "axes.spines.top": False,
     "axes.spines.right": False,
-    "axes.axisbelow": True,
     "axes.grid": True,
     "grid.color": GRID,
-    "grid.linewidth": 0.8,
     "xtick.color": MUTED,
     "ytick.color": MUTED,
-    "text.color": INK,
-    "legend.frameon": False,
-    "lines.linewidth": 1.8,
 }
 
 # Okabe and Ito's colours, which readers with any colour vision can tell apart, and a dark blue; blues are for this package.
@@ -60,10 +54,8 @@ def color_of(name: str) -> str:
 
 def figures() -> Any:
     """`matplotlib.pyplot` in this style, without a display."""
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise SystemExit("the picture needs matplotlib: pip install 'adafactor-compiled[profiles]'") from error
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -94,9 +86,8 @@ def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None
                 look = {"color": color_of(name), "markerfacecolor": face, "zorder": order, "clip_on": False}
                 (known[name],) = ax.plot(value, y, marker, **look)
                 values.append(value)
-        names = list(rows)
-        ax.set_yticks(range(len(rows)), names if names != shown else [])
-        shown = names
+        ax.set_yticks(range(len(rows)), list(rows) if list(rows) != shown else [])
+        shown = list(rows)
         ax.set_ylim(max(1, len(rows)) - 0.5, -0.5)
         if linear_to is not None:
             ax.set_xscale("symlog", linthresh=linear_to)
@@ -115,11 +106,7 @@ def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None
 
 
 def save_figure(figure: Figure, name: str, directory: Path = RESULTS) -> Path:
-    """Write `directory/name.png` and close the figure.
-
-    Returns:
-        The path of the file.
-    """
+    """Write `directory/name.png` and close the figure."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.png"
     figure.savefig(path, metadata={"Software": None})

@@ -33,16 +33,10 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULTS) -> Path:
-    """Write `directory/name.json`: the machine, then `payload`.
+    """Write `directory/name.json`: the machine, then `payload`, anything of dicts, sequences, strings and numbers.
 
-    Args:
-        name: of the profile.
-        payload: anything of dicts, sequences, strings and numbers; dataclasses (a `Timing`) become dicts, numbers that are
-            not finite become null, and what JSON does not know (a dtype, a device, a path) its string.
-        directory: made where it is missing.
-
-    Returns:
-        The path of the file.
+    Dataclasses (a `Timing`) become dicts, numbers that are not finite become null, and what JSON does not know (a dtype, a
+    device, a path) its string.
     """
     path = directory / f"{name}.json"
     write_json(path, {"profile": name, "machine": machine(), **payload})

@@ -19,34 +19,27 @@ QUICK_ROUNDS = 3
 
 
 def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1 but is: {value}")
-    return value
-
-
-def _threads(text: str) -> int:
-    torch.set_num_threads(at_least_one(text))
-    return torch.get_num_threads()
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1 but is: {text}")
+    return int(text)
 
 
 def parser(description: str | None, rounds: int = 9, **lists: Collection[str]) -> argparse.ArgumentParser:
-    """A parser with the options that all profiles have; `--threads` takes effect when it is parsed.
+    """A parser with the options that all profiles have.
 
     Args:
-        description: of the profile, which `--help` shows.
+        description: what `--help` shows.
         rounds: default of `--rounds`.
-        **lists: further options of one or more words, and the words that each may have; None where they are not given.
+        **lists: further options of one or more words, and the words that each may have.
     """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="a small and short run, to see that everything works")
-    help_rounds = f"measurements of each contender (default %(default)s; --quick: at most {QUICK_ROUNDS})"
-    result.add_argument("--rounds", type=at_least_one, default=rounds, help=help_rounds)
-    result.add_argument("--threads", type=_threads, help="threads for torch (default: all cores)")
-    help_results = "directory for the JSON and the picture (default profiles/results)"
-    result.add_argument("--results", type=Path, default=RESULTS, help=help_results)
-    help_redraw = "measure nothing: print the table and draw the picture of the last result"
-    result.add_argument("--redraw", action="store_true", help=help_redraw)
+    result.add_argument(
+        "--rounds", type=at_least_one, default=rounds, help="measurements of each contender (default %(default)s)"
+    )
+    result.add_argument("--threads", type=at_least_one, help="threads for torch (default: all cores)")
+    result.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON and the picture")
+    result.add_argument("--redraw", action="store_true", help="measure nothing, print and draw the last result")
     for name, words in lists.items():
         result.add_argument(f"--{name}", nargs="+", choices=words, metavar="NAME", help=f"of {', '.join(words)}")
     return result
@@ -72,14 +65,12 @@ def run_profile(
         draw: a figure from the content of the JSON.
     """
     if not options.redraw:
+        torch.set_num_threads(options.threads or torch.get_num_threads())
         if options.quick:
             options.rounds = min(QUICK_ROUNDS, options.rounds)
-        written = None
+        print(f"writing {options.results / name}.json", flush=True)
         for payload in measure(options):
-            path = write_result(name, payload, options.results)
-            if path != written:
-                print(f"writing {path}", flush=True)
-            written = path
+            write_result(name, payload, options.results)
     result = read_result(name, options.results)
     print(table(result))
     if importlib.util.find_spec("matplotlib") is None and not options.redraw:
