@@ -1,7 +1,5 @@
 """Everything that only a GPU can show, in one run of six minutes: does it work, is it right, how fast is it.
 
-    python profiles/gpu.py
-
 The parts, each in a process of its own, so that what fails or hangs takes no other with it:
 
 sanity       one small step of every path, and its error against float64 on the CPU

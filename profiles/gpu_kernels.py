@@ -6,8 +6,6 @@ how many registers it takes, what does not fit in them, and which loads are 128 
 over 2.5 TB/s, and at least 2 us a launch; that of fused AdamW is its bytes alone. What a card takes, gpu.py measures.
 
 It needs Triton, which CUDA builds of torch bring, and a C compiler. Each network has a process of its own, with empty caches.
-
-    python profiles/gpu_kernels.py --networks gpt2 --kernels 0.5
 """
 
 from __future__ import annotations
@@ -138,6 +136,5 @@ def draw(result: dict[str, Any]) -> Any:
 
 if __name__ == "__main__":
     options = parser(__doc__, networks=CASES)
-    help_kernels = "name the kernels that move so many bytes an element or more"
-    options.add_argument("--kernels", type=float, metavar="BYTES", help=help_kernels)
+    options.add_argument("--kernels", type=float, metavar="BYTES", help="name those that move so many an element or more")
     run_profile("gpu_kernels", options.parse_args(), measure, table, draw)

@@ -113,10 +113,6 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield {"rounds": options.rounds, "path": options.path, "gigabytes_per_second": reached, "rows": rows}
 
 
-def longest_first(call: tuple[str, dict[str, Any]]) -> float:
-    return -call[1]["ms"]
-
-
 def rate(measured: dict[str, Any]) -> float:
     """GB/s of the bytes that calls must move."""
     return measured["bytes"] / measured["ms"] / 1e6
@@ -128,7 +124,7 @@ def table(result: dict[str, Any]) -> str:
     text = [f"GB/s of this machine: {', '.join(reached)}"]
     for row in result["rows"].values():
         whole, lines = row["profiled_step_ms"], []
-        for name, measured in sorted(row["calls"].items(), key=longest_first):
+        for name, measured in sorted(row["calls"].items(), key=lambda call: -call[1]["ms"]):
             counts = [str(measured[key] or "-") for key in ("calls", "members")]
             times = [f"{measured['ms']:.2f}", f"{100 * measured['ms'] / whole:.1f}"]
             lines.append([name, *counts, *times, f"{rate(measured):.1f}" if measured["bytes"] else "-"])
@@ -143,7 +139,7 @@ def draw(result: dict[str, Any]) -> Any:
     rows = {
         f"{row['title']}: {name}": [reached, (path, rate(measured))]
         for row in result["rows"].values()
-        for name, measured in sorted(row["calls"].items(), key=longest_first)
+        for name, measured in sorted(row["calls"].items(), key=lambda call: -call[1]["ms"])
         if measured["bytes"]
     }
     return dots({"GB/s of the bytes that calls must move": rows}, "logarithmic")

@@ -4,8 +4,6 @@ Contenders of a row step the same parameters in one process, in turn: first thos
 slow ones in every third round. Everything is measured twice, each time in a fresh process, since how transformers does depends
 on the heap that others leave. Only the step is timed: no forward, no backward. What Python takes of a fused step is its
 processor time on one thread without the kernels.
-
-    python profiles/step_time.py --networks gpt2 t5-small --contenders fused adamw-fused transformers
 """
 
 from __future__ import annotations

@@ -167,6 +167,5 @@ def running(average: Callable[[list[float]], float], values: list[float], window
 
 if __name__ == "__main__":
     options = parser(__doc__)
-    help_steps = f"steps of each contender (default {STEPS}; --quick: {QUICK_STEPS})"
-    options.add_argument("--steps", type=at_least_one, help=help_steps)
+    options.add_argument("--steps", type=at_least_one, help=f"default {STEPS}; --quick: {QUICK_STEPS}")
     run_profile("train", options.parse_args(), measure, table, draw)

@@ -354,8 +354,7 @@ class TestGpu:
         result = json.loads((tmp_path / "gpu.json").read_text(encoding="utf-8"))
         assert result["profile"] == "gpu"
         assert set(result["parts"]) == set(parts)
-        errors = printed.partition("Errors")[2].splitlines()[2:-1]
-        assert all("torchao" in error for error in errors), errors  # which need not be installed
+        assert "Errors" not in printed
         steps = result["parts"]["steps"]
         assert steps.keys() == result["parts"]["first_steps"].keys() == {"tiny", "tiny-sharded"}
         assert all(of["few"].keys() == {"fused", "adamw-fused"} for of in steps.values())

@@ -32,10 +32,9 @@ def median(row: Result, group: str, key: str, what: str = "device_ms") -> float:
 
 def table(result: Result) -> str:
     """Checks, what a step takes beside fused AdamW's, all contenders, and the training step, as far as it came to them."""
-    card, parts = result["card"], result["parts"]
-    name = card.get("name", "no GPU: a trial of this script")
-    torch_version, seconds = result["machine"]["torch"], result.get("seconds", 0)
-    shown = [f"{name}, driver {card['driver']}, CUDA {card['cuda']}, torch {torch_version}, {seconds:.0f} s", _checks(parts)]
+    card, parts, versions = result["card"], result["parts"], f"torch {result['machine']['torch']}"
+    versions += f", driver {result['card']['driver']}, CUDA {result['card']['cuda']}, {result.get('seconds', 0):.0f} s"
+    shown = [f"{card.get('name', 'no GPU: a trial of this script')}, {versions}", _checks(parts)]
     if "steps" in parts or "first_steps" in parts:
         shown.append(_costs(parts))
     if "timings" in parts.get("training", {}):

@@ -101,7 +101,7 @@ def first_step(record: Record, key: str, params: list[Tensor], beta1: float | No
         synchronize(device)
         record["first_step_s"] = time.perf_counter() - start
     if missing:
-        record["error"] = missing[key]
+        record["missing"] = missing[key]
     return made
 
 

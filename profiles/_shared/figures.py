@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from _shared.records import RESULTS
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Rows = Mapping[str, Iterable[tuple[str, float]]]
 
@@ -63,7 +60,7 @@ def figures() -> Any:
     return plt
 
 
-def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None) -> Figure:
+def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None) -> Any:
     """Panels side by side, in each a line of dots for every row, in the colours of the contenders.
 
     Args:
@@ -98,14 +95,14 @@ def dots(panels: Mapping[str, Rows], xlabel: str, linear_to: float | None = None
                 ax.xaxis.set_major_locator(plt.LogLocator(subs=(1, 2, 5) if max(values) < 1e4 * min(values) else (1,)))
                 ax.minorticks_off()
             ax.xaxis.set_minor_formatter("{x:.3g}")
-        ax.xaxis.set_major_formatter("{x:.3g}")
+        ax.xaxis.set_major_formatter("{x:g}")
         ax.set(title=title, xlabel=xlabel)
     if known:
         figure.legend(known.values(), known, loc="outside lower center", ncols=4)
     return figure
 
 
-def save_figure(figure: Figure, name: str, directory: Path = RESULTS) -> Path:
+def save_figure(figure: Any, name: str, directory: Path = RESULTS) -> Path:
     """Write `directory/name.png` and close the figure."""
     directory.mkdir(parents=True, exist_ok=True)
     path = directory / f"{name}.png"

@@ -34,9 +34,7 @@ def parser(description: str | None, rounds: int = 9, **lists: Collection[str]) -
     """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="a small and short run, to see that everything works")
-    result.add_argument(
-        "--rounds", type=at_least_one, default=rounds, help="measurements of each contender (default %(default)s)"
-    )
+    result.add_argument("--rounds", type=at_least_one, default=rounds, help="measurements of a contender (default %(default)s)")
     result.add_argument("--threads", type=at_least_one, help="threads for torch (default: all cores)")
     result.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON and the picture")
     result.add_argument("--redraw", action="store_true", help="measure nothing, print and draw the last result")
