@@ -71,8 +71,7 @@ def first_step_in(folder: str, network: str, optimizer: str) -> dict[str, Any]:
     names = {"ADAFACTOR_COMPILED_CACHE_DIR": "kernels", "TORCHINDUCTOR_CACHE_DIR": "inductor"}
     caches = {name: str(Path(folder) / subfolder) for name, subfolder in names.items()}
     variables = {"TMPDIR": folder, "XDG_CACHE_HOME": folder, **caches}  # the latter, where libraries are looked for too
-    result: dict[str, Any] = in_fresh_process(first_step, network, optimizer, **variables)
-    return result
+    return in_fresh_process(first_step, network, optimizer, **variables)
 
 
 def measure_case(case: Case) -> dict[str, Any]:

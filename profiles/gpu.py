@@ -35,7 +35,7 @@ from _card.report import draw, table
 from _shared import parser, run_profile
 
 DEFAULT = ["gpt2", "decoder-600m", "t5-small", "lora-8b", "resnet50", "gpt2-beta1", "gpt2-sharded", "decoder-600m-sharded"]
-SECONDS = {"sanity": 60, "tests": 100, "first_steps": 60, "steps": 45, "syncs": 60, "training": 90}
+SECONDS = {"sanity": 60, "tests": 100, "first_steps": 60, "steps": 60, "syncs": 60, "training": 90}
 
 
 def card() -> dict[str, Any]:

@@ -67,8 +67,7 @@ def kernels_of(
         raise RuntimeError("the kernels of a GPU need Triton, which CUDA builds of torch for Linux bring; no GPU is needed")
     with tempfile.TemporaryDirectory(prefix="gpu-") as directory:
         variables = {"TRITON_CACHE_DIR": directory, "TRITON_INTERPRET": "0"}
-        result: dict[str, Any] = in_fresh_process(_record, shapes, dtype, beta1, ranks, options, **variables)
-    return result
+        return in_fresh_process(_record, shapes, dtype, beta1, ranks, options, **variables)
 
 
 def _record(*case: Any) -> dict[str, Any]:

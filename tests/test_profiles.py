@@ -418,7 +418,7 @@ class TestGpu:
             counter.pytest_runtest_logreport(report)
         assert (record["passed"], record["failed"], record["skipped"]) == (1, 1, 1)
         assert record["failures"].keys() == {"c"}
-        assert len(record["failures"]["c"]) == 1000
+        assert len(record["failures"]["c"]) == 1500
 
     def test_stages_put_what_matters_most_first(self, shared):
         import gpu

@@ -11,7 +11,7 @@ import torch
 from _shared.records import REPOSITORY
 from torch import Tensor
 
-from _card.jobs import Emit, Record, recorded
+from _card.jobs import SHOWN, Emit, Record, recorded
 from adafactor_compiled import Adafactor
 
 PATHS: dict[str, dict[str, Any]] = {
@@ -26,7 +26,6 @@ PATHS: dict[str, dict[str, Any]] = {
 SHAPES = [(64, 48), (64, 48), (64, 48), (1000, 513), (64, 16, 3, 3), (40,), (40,), ()]
 MOST_ERROR = 1e-4  # of a step in float32, over the largest change
 SYNC_STEPS = 20
-SHOWN = 1000  # characters of a failure, from its end
 
 
 def optimizer_of(device: str, dtype: torch.dtype, **path: Any) -> tuple[list[Tensor], Adafactor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import gc
 import math
 import time
@@ -14,7 +15,7 @@ from _networks import ROWS, Row
 from _shared import call_ms, compare
 from torch import Tensor
 from torch.optim import Optimizer
-from train_loop import KEYS, NONE, measured
+from train_loop import KEYS, NONE, measured, synchronize
 
 from _card.checks import SHAPES
 from _card.jobs import Emit, Record, recorded
@@ -22,16 +23,11 @@ from _card.jobs import Emit, Record, recorded
 OURS, ADAMW = FEW = ["fused", "adamw-fused"]
 OTHERS = ["adamw-foreach", "adamw-8bit", "multi-tensor", "torch-foreach", "transformers"]
 SHARDED = "-sharded"  # behind the name of a row: under fully_shard, on one rank
-MOST_AHEAD_MS, SECONDS = 40.0, 6.0  # of copies before a step, and of the rounds of a comparison
+MOST_AHEAD_MS, SECONDS = 40.0, 3.0  # of copies before a step, and of the rounds of a comparison
 COPIED = 1 << 28  # float32 elements, 1 GB: many times the cache of a card
 
 LISTS = {**ROWS, "tiny": Row("tiny", lambda: SHAPES[:-1])}
 LISTS |= {f"{name}{SHARDED}": row._replace(title=f"{row.title}, fully_shard") for name, row in LISTS.items()}
-
-
-def synchronize(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
 
 
 class Clock:
@@ -88,6 +84,7 @@ def params_of(network: str, device: str) -> list[Tensor]:
     params = make_params(row.shapes(), row.dtype, device=device)
     if network.endswith(SHARDED):
         dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
         return sharded(params)
     return params
 

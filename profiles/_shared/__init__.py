@@ -15,13 +15,12 @@ A profile is a script, whose directory is on its path, so it says
 
 from _shared.figures import COLORS, color_of, dots, figures, save_figure
 from _shared.processes import in_fresh_process
-from _shared.records import RESULTS, machine, read_result, write_result
+from _shared.records import read_result, write_result
 from _shared.terminal import at_least_one, markdown_table, parser, run_profile, show_progress
 from _shared.timing import Timing, call_ms, compare, timing_of
 
 __all__ = [
     "COLORS",
-    "RESULTS",
     "Timing",
     "at_least_one",
     "call_ms",
@@ -30,7 +29,6 @@ __all__ = [
     "dots",
     "figures",
     "in_fresh_process",
-    "machine",
     "markdown_table",
     "parser",
     "read_result",

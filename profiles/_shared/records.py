@@ -56,8 +56,7 @@ def write_json(path: Path, payload: Mapping[str, Any]) -> None:
 
 def read_result(name: str, directory: Path = RESULTS) -> dict[str, Any]:
     """What `write_result` wrote last."""
-    result: dict[str, Any] = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+    return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:
