@@ -5,17 +5,14 @@ Every one steps at a learning rate of 1e-9, so that contenders can take turns on
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
-import sys
-import types
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from _networks import Shapes
 from torch import Tensor
+from torch.distributed.fsdp import fully_shard
 from torch.optim import Optimizer
 
 from adafactor_compiled import Adafactor
@@ -54,19 +51,15 @@ def _pytorch_optimizer(params: list[Tensor], beta1: float | None) -> Optimizer:
 
 
 def _timm(params: list[Tensor], beta1: float | None) -> Optimizer:
-    return _timm_class()(params, lr=LR, betas=None if beta1 is None else (beta1, 0.999))
+    from timm.optim import Adafactor as TimmAdafactor
+
+    return TimmAdafactor(params, lr=LR, betas=None if beta1 is None else (beta1, 0.999))
 
 
-def _timm_class() -> Any:
-    """timm's class without timm, which needs a torchvision: the module of the optimizer needs nothing but its neighbours."""
-    spec = importlib.util.find_spec("timm")
-    if spec is None or spec.origin is None:
-        raise ImportError("timm is not installed")
-    if "bare_timm_optim" not in sys.modules:
-        package = types.ModuleType("bare_timm_optim")
-        package.__path__ = [str(Path(spec.origin).parent / "optim")]
-        sys.modules["bare_timm_optim"] = package
-    return importlib.import_module("bare_timm_optim.adafactor").Adafactor
+def _torchao(params: list[Tensor], beta1: float | None) -> Optimizer:
+    from torchao.optim import AdamW8bit
+
+    return AdamW8bit(params, lr=LR)
 
 
 def _torch(foreach: bool) -> Make:
@@ -88,6 +81,7 @@ CONTENDERS: dict[str, Contender] = {
     "compiled": Contender("Adafactor, compiled", ours(compile=True)),
     "adamw-fused": Contender("fused AdamW", adamw(fused=True)),
     "adamw-foreach": Contender("foreach AdamW", adamw(foreach=True)),
+    "adamw-8bit": Contender("torchao AdamW8bit", _torchao, every=3),
     "multi-tensor": Contender("Adafactor, multi-tensor", ours(compile=False), every=3),
     "reference": Contender("Adafactor, reference path", ours(foreach=False), every=3),
     "transformers": Contender("transformers", _transformers, every=3),
@@ -109,6 +103,19 @@ def make_params(shapes: Shapes, dtype: torch.dtype = torch.float32, seed: int = 
     return params
 
 
+def sharded(params: list[Tensor]) -> list[Tensor]:
+    """The pieces of a rank under `fully_shard`, with gradients of its own; in the process group that there is."""
+    bag = torch.nn.Module()
+    bag.params = torch.nn.ParameterList(param.detach() for param in params)
+    fully_shard(bag)
+    pieces = list(bag.parameters())
+    generator = torch.Generator(params[0].device).manual_seed(1 + dist.get_rank())
+    for piece in pieces:
+        piece.grad = torch.empty_like(piece)
+        piece.grad.to_local().normal_(0, 1e-3, generator=generator)
+    return pieces
+
+
 def make_optimizers(keys: list[str], params: list[Tensor], beta1: float | None) -> tuple[dict[str, Optimizer], dict[str, str]]:
     """The contenders that can step these parameters, by key; and why the others cannot."""
     made, missing = {}, {}
@@ -116,15 +123,13 @@ def make_optimizers(keys: list[str], params: list[Tensor], beta1: float | None) 
         contender = CONTENDERS[key]
         if beta1 is not None and not contender.momentum:
             missing[key] = "has no beta1"
-            continue
-        if beta1 is None and contender.momentum_only:
+        elif beta1 is None and contender.momentum_only:
             missing[key] = "is for a momentum"
-            continue
-        if contender.half_only and params[0].dtype.itemsize > 2:
+        elif contender.half_only and params[0].dtype.itemsize > 2:
             missing[key] = "is for half precision"
-            continue
-        try:
-            made[key] = contender.make(params, beta1)
-        except ImportError as error:
-            missing[key] = str(error)
+        else:
+            try:
+                made[key] = contender.make(params, beta1)
+            except ImportError as error:
+                missing[key] = str(error)
     return made, missing

@@ -1,30 +1,34 @@
-"""The launches of a step of parameters that are said to be on a GPU. gpu_kernels.py runs this in a process of its own:
+"""The launches of a step of parameters that are said to be on a GPU, and what Triton builds for them; see gpu_kernels.py.
 
-    python profiles/_gpu_step.py '{"shapes": [[768, 3072], [768]], "dtype": "float32", "beta1": null}'
-
-It prints one line of JSON. The optimizer, its plan, `warm_up` and the step are the package's own; the parameters are on the
-CPU, without values, and in place of a kernel a recorder notes its launches. Nothing needs a GPU, and nothing is computed.
+The optimizer, its plan, `warm_up` and the step are the package's own; the parameters are on the CPU, without values, and in
+place of a kernel a recorder notes its launches. Triton then builds the kernels for an H100, and its disassembler reads them.
+Nothing needs a GPU, and nothing is computed. What is changed in the package stays so: this is for a process of its own.
 """
 
 from __future__ import annotations
 
 import collections
-import json
 import math
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from _triton_build import build
+import triton
 from gpu_kernels import milliseconds, pieces_of
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from triton.runtime.jit import mangle_type
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.gpu import layout, steps
@@ -34,6 +38,10 @@ from adafactor_compiled._sharded.exchange import Exchange
 OF_MATRICES = ["matrix_statistics", "matrix_columns", "apply_matrix"]
 OF_MEMBERS = ["put", "column_means", "finish"]  # of a few numbers
 KERNELS = [*OF_MATRICES, "step_vectors", "step_slices", *OF_MEMBERS]
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+TARGET = GPUTarget("cuda", 90, 32)
+RESOURCES = re.compile(r"REG:(\d+) STACK:(\d+)")
+INSTRUCTION = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
 NO_LAUNCHES = {"aten::detach", "aten::view", "aten::unbind", "aten::expand", "aten::lift_fresh", "aten::alias"}
 
 
@@ -74,22 +82,13 @@ class Eager(TorchDispatchMode):
         return result
 
 
-@contextmanager
-def recorded() -> Iterator[list[Launched]]:
+def recorded() -> list[Launched]:
     """From now on parameters on a CPU count as on a GPU, and what would be launched is noted."""
     launched: list[Launched] = []
-    before, is_gpu = {name: getattr(steps, name) for name in KERNELS}, layout.is_gpu
     layout.is_gpu = lambda device: True
-    for name, kernel in before.items():
-        setattr(steps, name, Recorder(kernel, launched))
-    layout.kernels_of.cache_clear()
-    try:
-        yield launched
-    finally:
-        layout.is_gpu = is_gpu
-        for name, kernel in before.items():
-            setattr(steps, name, kernel)
-        layout.kernels_of.cache_clear()
+    for name in KERNELS:
+        setattr(steps, name, Recorder(getattr(steps, name), launched))
+    return launched
 
 
 def moved(launched: Launched) -> float:
@@ -137,32 +136,38 @@ def variant_of(launched: Launched) -> tuple[Any, ...]:
     return launched.kernel.fn.__name__, types, tuple(sorted(launched.constants.items(), key=lambda item: item[0]))
 
 
-def record(case: dict[str, Any]) -> dict[str, Any]:
-    dtype, options = getattr(torch, case["dtype"]), dict(case.get("options", {}))
-    if "momentum_dtype" in options:
-        options["momentum_dtype"] = getattr(torch, options["momentum_dtype"])
-    with recorded() as launched:
-        params = params_of(case["shapes"], dtype, case.get("ranks", 1))
-        optimizer = Adafactor(params, beta1=case["beta1"], fused=True, **options)
-        optimizer.warm_up()
-        ahead = {variant_of(x) for x in launched}
-        optimizer.step()  # makes what later ones keep
-        launched.clear()
-        with Eager() as eager:
-            optimizer.step()
-    elements = sum(math.prod(shape) for shape in pieces_of(case["shapes"], case.get("ranks", 1)))
-    of_kernels: dict[tuple[Any, ...], dict[str, Any]] = {}
+def record(
+    shapes: Sequence[Sequence[int]], dtype: torch.dtype, beta1: float | None, ranks: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """What `gpu_kernels.kernels_of` returns."""
+    launched = recorded()
+    optimizer = Adafactor(params_of(shapes, dtype, ranks), beta1=beta1, fused=True, **options)
+    optimizer.warm_up()
+    ahead = {variant_of(x) for x in launched}
+    optimizer.step()  # makes what later ones keep
+    launched.clear()
+    with Eager() as eager:
+        optimizer.step()
+    by_variant: dict[tuple[Any, ...], list[Launched]] = {}
     for one in launched:
-        of = of_kernels.setdefault(variant_of(one), {"kernel": one, "launches": 0, "bytes": 0.0})
-        of["launches"] += 1
-        of["bytes"] += moved(one)
-    rows = [described(of, elements) for of in of_kernels.values()]
+        by_variant.setdefault(variant_of(one), []).append(one)
+    elements = sum(math.prod(shape) for shape in pieces_of(shapes, ranks))
+    rows = [
+        {
+            "name": of[0].kernel.fn.__name__,
+            "launches": len(of),
+            "bytes_per_element": sum(map(moved, of)) / elements,
+            "constants": {name: x if isinstance(x, (bool, int)) else str(x) for name, x in of[0].constants.items()},
+            "build": build(of[0])._asdict(),
+        }
+        for of in by_variant.values()
+    ]
     return {
         "graphs": len(ahead),
-        "graphs_in_steps": len(set(of_kernels) - ahead),
+        "graphs_in_steps": len(set(by_variant) - ahead),
         "triton_launches": len(launched),
         "aten_launches": eager.operations.total(),
-        "of_aten": eager.operations,
+        "of_aten": dict(eager.operations),
         "bytes_per_element": sum(row["bytes_per_element"] for row in rows),
         "codegen_s": sum(row["build"]["seconds"] for row in rows),
         "device_ms": sum(milliseconds(moved(one)) for one in launched) + milliseconds(0, eager.operations.total()),
@@ -177,30 +182,46 @@ def params_of(shapes: Sequence[Sequence[int]], dtype: torch.dtype, ranks: int) -
         dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ranks)
         Exchange.found = lambda self: None  # or ranks would seem to disagree
         mesh = init_device_mesh("cpu", (ranks,))
-        made = [[_shared(x, shape, mesh) for x in of] for of, shape in zip(made, shapes, strict=True)]
+        for of, shape in zip(made, map(torch.Size, shapes), strict=True):
+            whole = {"shape": shape, "stride": torch.empty(shape, device="meta").stride()}
+            of[:] = [DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, **whole) for piece in of]
     for param, grad in made:
         param.requires_grad_().grad = grad
     return [param for param, _ in made]
 
 
-def _shared(piece: Tensor, shape: Sequence[int], mesh: DeviceMesh) -> Tensor:
-    whole = torch.Size(shape)
-    stride = torch.empty(whole, device="meta").stride()
-    return DTensor.from_local(piece, mesh, [Shard(0)], run_check=False, shape=whole, stride=stride)
+class Built(NamedTuple):
+    """A kernel as built for some types and constants."""
+
+    seconds: float
+    registers: int
+    stack: int  # bytes of a thread that did not fit in registers
+    wide_loads: int  # from memory, of 128 bits
 
 
-def described(of: dict[str, Any], elements: int) -> dict[str, Any]:
-    one: Launched = of["kernel"]
-    built = build(one.kernel, one.arguments, one.constants)
-    shown = {name: x if isinstance(x, (bool, int)) else str(x) for name, x in one.constants.items()}
-    return {
-        "name": one.kernel.fn.__name__,
-        "launches": of["launches"],
-        "bytes_per_element": of["bytes"] / elements,
-        "constants": shown,
-        "build": built._asdict(),
-    }
+def build(launched: Launched) -> Built:
+    """Build the kernel of a launch, whose arguments are tensors, or None, and whose constants have names."""
+    kernel, constants = launched.kernel, launched.constants
+    names = kernel.arg_names
+    signature = dict.fromkeys(names, "constexpr")
+    fixed = {name: x for name, x in constants.items() if name in names}
+    aligned = {}
+    for i, (name, x) in enumerate(zip(names, launched.arguments, strict=False)):
+        if isinstance(x, Tensor):
+            signature[name], aligned[(i,)] = mangle_type(x), [["tt.divisibility", 16]]
+        else:
+            fixed[name] = x
+    start, options = time.perf_counter(), {"num_warps": constants["num_warps"]}
+    built = triton.compile(ASTSource(kernel, signature, fixed, aligned), target=TARGET, options=options)
+    return _read(built.asm["cubin"], time.perf_counter() - start)
 
 
-if __name__ == "__main__":
-    print(json.dumps(record(json.loads(sys.argv[1]))))
+def _read(cubin: bytes, seconds: float) -> Built:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        commands = [[TOOLS / "cuobjdump", "-res-usage", file.name], [TOOLS / "nvdisasm", "-c", file.name]]
+        resources, code = (subprocess.run(of, capture_output=True, text=True, check=True).stdout for of in commands)
+    ((registers, stack),) = RESOURCES.findall(resources)
+    wide = sum(x.startswith("LDG") and ".128" in x for x in INSTRUCTION.findall(code))
+    return Built(seconds, int(registers), int(stack), wide)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import collections
 import itertools
+import math
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from _shared.character_model import CharacterTransformer, english
@@ -77,19 +80,40 @@ def train() -> Shapes:
         return [tuple(param.shape) for param in CharacterTransformer(len(alphabet)).parameters()]
 
 
-NETWORKS: dict[str, Callable[[], Shapes]] = {
-    "gpt2": gpt2,
-    "t5-small": t5_small,
-    "vit-b16": vit_b16,
-    "lora-8b": lora_8b,
-    "resnet50": resnet50,
-    "decoder-600m": decoder_600m,
-    "widths24": widths24,
-    "train": train,
+class Row(NamedTuple):
+    """A parameter list, and how it is stepped."""
+
+    title: str
+    shapes: Callable[[], Shapes]
+    dtype: torch.dtype = torch.float32
+    beta1: float | None = None
+
+    def described(self) -> dict[str, Any]:
+        """What every record of it begins with."""
+        shapes = self.shapes()
+        size = {"shapes": by_shape(shapes), "tensors": len(shapes), "parameters": sum(map(math.prod, shapes))}
+        return {"title": self.title, **size, "dtype": self.dtype, "beta1": self.beta1}
+
+
+ROWS = {
+    "gpt2": Row("GPT-2 124M", gpt2),
+    "t5-small": Row("T5-small", t5_small),
+    "vit-b16": Row("ViT-B/16", vit_b16),
+    "lora-8b": Row("LoRA r=16 on an 8B decoder", lora_8b),
+    "resnet50": Row("ResNet-50", resnet50),
+    "decoder-600m": Row("600M decoder, bfloat16", decoder_600m, dtype=torch.bfloat16),
+    "gpt2-beta1": Row("GPT-2 with beta1=0.9", gpt2, beta1=0.9),
+    "widths24": Row("24 layers of 24 widths", widths24),
+    "train": Row("The main job, train.py", train),
 }
+
+
+def rows_of(options: argparse.Namespace) -> dict[str, Row]:
+    """The rows that `--networks` names, else all; one of many small tensors in a quick run."""
+    names = options.networks or (["widths24"] if options.quick else list(ROWS))
+    return {name: ROWS[name] for name in names}
 
 
 def by_shape(shapes: Shapes) -> dict[str, int]:
     """How many parameters there are of each shape, named as "768x3072"."""
-    counts = collections.Counter("x".join(map(str, shape)) for shape in shapes)
-    return dict(counts)
+    return dict(collections.Counter("x".join(map(str, shape)) for shape in shapes))

@@ -12,18 +12,17 @@ import gc
 import itertools
 import math
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from _contenders import CONTENDERS, make_optimizers, make_params
-from _networks import NETWORKS, Shapes, by_shape
-from _shared import color_of, figures, markdown_table, parser, run_profile
-from step_time import ROWS, Row
+from _networks import ROWS, Row, Shapes, rows_of
+from _shared import dots, markdown_table, parser, run_profile
 from torch import Tensor
 from torch.optim import Optimizer
 
-MOST_PERCENT = 1.0
 OURS = "fused"
 DEFAULT = [OURS, "compiled", "multi-tensor", "reference", "transformers", "adamw-fused", "adamw-foreach"]
 
@@ -50,12 +49,10 @@ def python_bytes_of(step: Callable[[], object]) -> int:
 
 def bytes_by_name(optimizer: Optimizer) -> dict[str, int]:
     """Bytes of the tensors of the state, by their name in it."""
-    result: dict[str, int] = {}
+    result: Counter[str] = Counter()
     for state in optimizer.state.values():
-        for name, value in state.items():
-            if isinstance(value, Tensor):
-                result[name] = result.get(name, 0) + value.nbytes
-    return result
+        result.update({name: value.nbytes for name, value in state.items() if isinstance(value, Tensor)})
+    return dict(result)
 
 
 def second_moment_bytes(shapes: Shapes) -> int:
@@ -65,58 +62,41 @@ def second_moment_bytes(shapes: Shapes) -> int:
     )
 
 
-def measure_contender(key: str, row: Row, params: list[Tensor]) -> dict[str, Any] | str:
-    made, missing = make_optimizers([key], params, row.beta1)
-    if key in missing:
-        return missing[key]
-    optimizer = made[key]
+def measure_contender(optimizer: Optimizer, params: list[Tensor]) -> dict[str, Any]:
     for _ in range(2):
         optimizer.step()
-    state = bytes_by_name(optimizer)
     changes = allocations_of(optimizer.step)
     peak = max(itertools.accumulate(changes), default=0) + python_bytes_of(optimizer.step)
-    params_bytes = sum(param.nbytes for param in params)
     return {
         "peak_bytes": peak,
-        "percent_of_parameters": 100 * peak / params_bytes,
+        "percent_of_parameters": 100 * peak / sum(param.nbytes for param in params),
         "largest_allocation_bytes": max(changes, default=0),
-        "allocations": sum(change > 0 for change in changes),
-        "state_bytes": state,
+        "state_bytes": bytes_by_name(optimizer),
     }
 
 
 def measure_row(row: Row, keys: list[str]) -> dict[str, Any]:
-    shapes = NETWORKS[row.network]()
-    params = make_params(shapes, row.dtype)
-    contenders, missing = {}, {}
+    params = make_params(row.shapes(), row.dtype)
+    contenders: dict[str, dict[str, Any]] = {}
+    missing: dict[str, str] = {}
     for key in keys:
-        measured = measure_contender(key, row, params)
-        if isinstance(measured, str):
-            missing[key] = measured
-        else:
-            contenders[key] = measured
+        made, why = make_optimizers([key], params, row.beta1)
+        missing |= why
+        contenders |= {key: measure_contender(optimizer, params) for key, optimizer in made.items()}
+        del made
         gc.collect()
     percents = ", ".join(f"{key} {x['percent_of_parameters']:.1f} %" for key, x in contenders.items())
     print(f"{row.title}: {percents}", flush=True)
-    return {
-        "title": row.title,
-        "shapes": by_shape(shapes),
-        "dtype": row.dtype,
-        "beta1": row.beta1,
-        "parameter_bytes": sum(param.nbytes for param in params),
-        "rows_and_columns_bytes": second_moment_bytes(shapes),
-        "not_measured": missing,
-        "contenders": contenders,
-    }
+    of_parameters, least = sum(param.nbytes for param in params), second_moment_bytes(row.shapes())
+    sizes = {"parameter_bytes": of_parameters, "rows_and_columns_bytes": least}
+    return {**row.described(), **sizes, "not_measured": missing, "contenders": contenders}
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    names = options.networks or (["widths24"] if options.quick else list(ROWS))
     rows = {}
-    for name in names:
-        rows[name] = measure_row(ROWS[name], options.contenders or DEFAULT)
-        gc.collect()
-        yield {"rounds": 1, "most_percent": MOST_PERCENT, "rows": rows}
+    for name, row in rows_of(options).items():
+        rows[name] = measure_row(row, options.contenders or DEFAULT)
+        yield {"rows": rows}
 
 
 def second_moments_of(row: dict[str, Any]) -> str:
@@ -133,62 +113,24 @@ def table(result: dict[str, Any]) -> str:
     """Peak of a step in percent of the parameters' bytes, by contender; and the second moments' bytes."""
     rows = list(result["rows"].values())
     keys = [key for key in CONTENDERS if any(key in row["contenders"] for row in rows)]
-    header = ["% of the parameters, held by one step", *(CONTENDERS[key].name for key in keys), "second moments, bytes"]
-    lines = [
-        [
-            row["title"],
-            *(f"{row['contenders'][key]['percent_of_parameters']:.1f}" if key in row["contenders"] else "-" for key in keys),
-            second_moments_of(row),
-        ]
+    percents = [
+        [f"{row['contenders'][key]['percent_of_parameters']:.1f}" if key in row["contenders"] else "-" for key in keys]
         for row in rows
     ]
-    return markdown_table(header, lines) + f"\n\nThe goal of the fused step: at most {result['most_percent']:g} %."
+    lines = [[row["title"], *of_row, second_moments_of(row)] for row, of_row in zip(rows, percents, strict=True)]
+    header = ["% of the parameters, held by one step", *(CONTENDERS[key].name for key in keys), "second moments, bytes"]
+    return markdown_table(header, lines)
 
 
 def draw(result: dict[str, Any]) -> Any:
     """A dot for each contender and list, linear up to 1 %."""
-    rows = list(result["rows"].values())
-    figure, axes = figures().subplots(figsize=(10, 1.8 + 0.5 * len(rows)))
-    labelled = set()
-    for y, row in enumerate(rows):
-        for key, measured in row["contenders"].items():
-            name = CONTENDERS[key].name
-            axes.plot(
-                measured["percent_of_parameters"],
-                y,
-                "D" if key == OURS else "o",
-                color=color_of(name),
-                markerfacecolor="white" if "foreach" in name else None,
-                markersize=8 if key == OURS else 6,
-                zorder=3 if key == OURS else 2,
-                clip_on=False,
-                label=None if key in labelled else name,
-            )
-            labelled.add(key)
-    axes.axvline(result["most_percent"], color="black", linewidth=2, label="goal of the fused step")
-    axes.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    axes.set_ylim(len(rows) - 0.5, -0.5)
-    axes.set_xscale("symlog", linthresh=1)
-    ticks = [0, 1, 5, 10, 50, 100, 200, 500]
-    axes.set_xticks(ticks, [f"{tick:g} %" for tick in ticks])
-    axes.set_xlim(left=0)
-    axes.minorticks_off()
-    axes.set(
-        xlabel="of the parameters' bytes, logarithmic beyond 1 %",
-        title="Held by one step beyond parameters, gradients and state",
-    )
-    figure.legend(loc="outside lower center", ncols=4)
-    return figure
-
-
-def main() -> None:
-    options = parser(__doc__, redraw=True)
-    options.add_argument("--networks", nargs="+", choices=ROWS, metavar="NAME", help=f"of {', '.join(ROWS)} (default all)")
-    options.add_argument(
-        "--contenders", nargs="+", choices=CONTENDERS, metavar="NAME", help=f"of {', '.join(CONTENDERS)} (default: seven)"
-    )
-    run_profile("memory", options.parse_args(), measure, table, draw)
+    rows = {
+        row["title"]: [(CONTENDERS[key].name, x["percent_of_parameters"]) for key, x in row["contenders"].items()]
+        for row in result["rows"].values()
+    }
+    title = "Held by one step beyond parameters, gradients and state"
+    return dots({title: rows}, "% of the parameters' bytes, logarithmic beyond 1", linear_to=1)
 
 
 if __name__ == "__main__":
-    main()
+    run_profile("memory", parser(__doc__, networks=ROWS, contenders=CONTENDERS).parse_args(), measure, table, draw)

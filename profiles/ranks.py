@@ -7,19 +7,21 @@ bytes that a step moves through memory and sends, over the bandwidths and latenc
 
 from __future__ import annotations
 
+import argparse
 import math
-import statistics
+import multiprocessing
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from _shared import color_of, figures, markdown_table, parser, save_figure, timing_of, write_result
-from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from _contenders import adamw, make_params, ours, sharded
+from _shared import dots, markdown_table, parser, run_profile, timing_of
+from torch import Tensor
 
 from adafactor_compiled import Adafactor
 
@@ -58,161 +60,105 @@ def paper(ranks: int) -> dict[str, float]:
     shapes = decoder(32, 4096, 11008, 32000)
     numel, sent = sum(map(math.prod, shapes)), 4 * sent_numbers(shapes)
     local = numel / ranks / PAPER["memory_bytes_per_second"]
-    all_reduce = (
-        2 * (ranks - 1) / ranks * sent / PAPER["network_bytes_per_second"] + 2 * math.log2(ranks) * PAPER["hop_seconds"]
-    )
+    share, network = (ranks - 1) / ranks, PAPER["network_bytes_per_second"]
+    all_reduce = 2 * share * sent / network + 2 * math.log2(ranks) * PAPER["hop_seconds"]
     return {
         ADAFACTOR: local * PAPER["adafactor_bytes_per_parameter"] + all_reduce,
         ADAMW: local * PAPER["adamw_bytes_per_parameter"],
         "all_reduce": all_reduce,
         # What FSDP itself sends for the model in a step: parameters gathered twice and gradients scattered, in float32.
-        "training's own traffic": 3 * (ranks - 1) / ranks * 4 * numel / PAPER["network_bytes_per_second"],
+        "training's own traffic": 3 * share * 4 * numel / network,
     }
 
 
-class Bag(nn.Module):
-    def __init__(self, shapes: list[Shape]) -> None:
-        super().__init__()
-        generator = torch.Generator().manual_seed(0)
-        self.bag = nn.ParameterList(0.02 * torch.randn(shape, generator=generator) for shape in shapes)
+CONTENDERS = {ADAFACTOR: ours(fused=True), COMPILED: ours(compile=True), ADAMW: adamw(), FUSED: adamw(fused=True)}
 
 
-def sharded_parameters(shapes: list[Shape]) -> list[Tensor]:
-    model = Bag(shapes)
-    fully_shard(model)
-    params = list(model.parameters())
-    generator = torch.Generator().manual_seed(1 + dist.get_rank())
-    for p in params:
-        local = torch.randn(p.to_local().shape, generator=generator)
-        p.grad = torch.empty_like(p)
-        p.grad.to_local().copy_(local)
-    return params
-
-
-def adafactor(params: list[Tensor], **options: Any) -> Adafactor:
-    return Adafactor(params, lr=1e-3, relative_step=False, show_progress=False, **options)
-
-
-def makers() -> dict[str, Callable[[list[Tensor]], torch.optim.Optimizer]]:
-    return {
-        ADAFACTOR: adafactor,
-        COMPILED: lambda params: adafactor(params, compile=True),
-        ADAMW: lambda params: torch.optim.AdamW(params, lr=1e-3),
-        FUSED: lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-    }
-
-
-def whole(params: list[Tensor]) -> list[Tensor]:
-    copies = [nn.Parameter(p.full_tensor().detach().clone()) for p in params]  # type: ignore[attr-defined]
-    for p in copies:
-        p.grad = torch.randn_like(p)
-    return copies
-
-
-def measure(rank: int, ranks: int, store: str, shapes: list[Shape], rounds: int, answers: Any) -> None:
-    """Milliseconds of each round of each contender, the slowest rank's; rank 0 answers."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
-    optimizers = {name: make(sharded_parameters(shapes)) for name, make in makers().items()}
-    if ranks == 1:
-        optimizers[UNSHARDED] = adafactor(whole(sharded_parameters(shapes)))
-    for turn in range(ranks):  # the first compiles, and the others find it on the disk
-        if turn == rank:
-            for name in (ADAFACTOR, COMPILED):
-                optimizers[name].warm_up()  # type: ignore[attr-defined]
+def steps_of(shapes: list[Shape], names: list[str]) -> dict[str, Callable[[], object]]:
+    optimizers = {name: CONTENDERS[name](sharded(make_params(shapes)), None) for name in names}
+    for turn in range(dist.get_world_size()):  # the first compiles, and the others find it on the disk
+        for optimizer in optimizers.values():
+            if turn == dist.get_rank() and isinstance(optimizer, Adafactor):
+                optimizer.warm_up()
         dist.barrier()
-    buffer = torch.zeros(sent_numbers(shapes))
-    steps: dict[str, Callable[[], Any]] = {name: optimizer.step for name, optimizer in optimizers.items()}
-    steps["all_reduce"] = lambda: dist.all_reduce(buffer)
+    return {name: optimizer.step for name, optimizer in optimizers.items()}
+
+
+def times_of(steps: dict[str, Callable[[], object]], rounds: int, clock: Callable[[], float]) -> Tensor:
+    """Seconds by a clock, contenders by rounds, where all ranks begin together."""
     times = torch.zeros(len(steps), rounds)
     for round_ in range(-2, rounds):
         for i, step in enumerate(steps.values()):
             dist.barrier()
-            start = time.perf_counter()
+            start = clock()
             step()
             if round_ >= 0:
-                times[i, round_] = (time.perf_counter() - start) * 1e3
+                times[i, round_] = clock() - start
+    return times
+
+
+def measure_rank(rank: int, ranks: int, store: str, shapes: list[Shape], rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Milliseconds of a step of each contender, on the slowest rank; microseconds of this process a small parameter."""
+    torch.set_num_threads(1)
+    patience = timedelta(minutes=5)  # with a rank that has failed
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks, timeout=patience)
+    steps = steps_of(shapes, list(CONTENDERS))
+    if ranks == 1:
+        steps[UNSHARDED] = CONTENDERS[ADAFACTOR](make_params(shapes), None).step
+    buffer = torch.zeros(sent_numbers(shapes))
+    times = times_of({**steps, "all_reduce": lambda: dist.all_reduce(buffer)}, rounds, time.perf_counter)
     dist.all_reduce(times, dist.ReduceOp.MAX)
-    small = {name: processor_time(shapes, rounds) for name, shapes in SMALL.items()}
-    if rank == 0:
-        answers.put((dict(zip(steps, times.tolist(), strict=True)), small))
+    timings = {name: timing_of([1e3 * x for x in of]) for name, of in zip([*steps, "all_reduce"], times.tolist(), strict=True)}
+    small = {}
+    for title, of_title in SMALL.items():
+        medians = times_of(steps_of(of_title, [ADAFACTOR, FUSED]), rounds, time.process_time).quantile(0.5, dim=1)
+        small[title] = dict(zip([ADAFACTOR, FUSED], (medians * 1e6 / len(of_title)).tolist(), strict=True))
     dist.destroy_process_group()
+    return timings, small
 
 
-def processor_time(shapes: list[Shape], rounds: int) -> dict[str, float]:
-    """Microseconds of this process for each of these parameters, of a step of each contender."""
-    chosen = {name: make for name, make in makers().items() if name in (ADAFACTOR, FUSED)}
-    optimizers = {name: make(sharded_parameters(shapes)) for name, make in chosen.items()}
-    times: dict[str, list[float]] = {name: [] for name in optimizers}
-    for round_ in range(-2, rounds):
-        for name, optimizer in optimizers.items():
-            dist.barrier()
-            start = time.process_time()
-            optimizer.step()
-            if round_ >= 0:
-                times[name].append((time.process_time() - start) * 1e6 / len(shapes))
-    return {name: statistics.median(of) for name, of in times.items()}
-
-
-def measured(ranks: int, shapes: list[Shape], rounds: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    context = mp.get_context("spawn")
-    answers = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(measure, (ranks, f"{folder}/store", shapes, rounds, answers), ranks)
-        times, small = answers.get(timeout=10)
-        return {name: timing_of(of) for name, of in times.items()}, small
-
-
-def draw(timings: dict[int, dict[str, Any]], on_paper: dict[int, dict[str, float]]) -> Any:
-    figure, (left, right) = figures().subplots(1, 2, figsize=(11, 4.4))
-    for name in (ADAFACTOR, COMPILED, ADAMW, FUSED, "all_reduce"):
-        style = {"linestyle": "--"} if name in (ADAMW, "all_reduce") else {}
-        label = "the all_reduce alone" if name == "all_reduce" else name
-        values = [timings[n][name] for n in timings]
-        left.plot(list(timings), [x.median for x in values], marker="o", color=color_of(name), label=label, **style)
-        left.fill_between(list(timings), [x.low for x in values], [x.high for x in values], color=color_of(name), alpha=0.15)
-    for name in (ADAFACTOR, ADAMW, "all_reduce", "training's own traffic"):
-        style = {"linestyle": ":"} if name.startswith("training") else {"linestyle": "--"} if name == "all_reduce" else {}
-        label = "the all_reduce alone" if name == "all_reduce" else name
-        right.plot(list(on_paper), [x[name] * 1e3 for x in on_paper.values()], color=color_of(name), label=label, **style)
-    left.set(title="Measured: gloo, one thread a rank, 2 cores", xlabel="ranks", ylabel="ms a step, slowest rank", xticks=RANKS)
-    right.set(title="On paper: a decoder of 6.7 billion", xlabel="ranks", ylabel="ms a step", xscale="log", yscale="log")
-    right.set_xticks(PAPER_RANKS, [f"{n:,}" for n in PAPER_RANKS], minor=False)
-    left.set_ylim(bottom=0)
-    for axes in (left, right):
-        axes.legend()
-    return figure
-
-
-def main() -> None:
-    options = parser(__doc__, rounds=15)
-    arguments = options.parse_args()
-    shapes = decoder(1, 64, 160, 200) if arguments.quick else decoder(4, 512, 1376, 8192)
-    ranks = RANKS[:2] if arguments.quick else RANKS
-    of_ranks = {n: measured(n, shapes, 3 if arguments.quick else arguments.rounds) for n in ranks}
-    timings, small = ({n: x[i] for n, x in of_ranks.items()} for i in (0, 1))
-    on_paper = {n: paper(n) for n in PAPER_RANKS}
-    names = list(timings[1])
-    rows = [[str(n), *(str(timings[n].get(name, "")) for name in names)] for n in ranks]
-    print(markdown_table(["ranks", *names], rows))
-    rows = [[f"{name}, {n} ranks", *(f"{x:.1f}" for x in small[n][name].values())] for name in SMALL for n in ranks]
-    print(markdown_table(["processor time, us a parameter", ADAFACTOR, FUSED], rows))
-    rows = [[f"{n:,}", *(f"{seconds * 1e3:.2f}" for seconds in times.values())] for n, times in on_paper.items()]
-    print(markdown_table(["ranks, on paper", *(f"{name}, ms" for name in on_paper[8])], rows))
-    payload = {
-        "rounds": arguments.rounds,
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    shapes = decoder(1, 64, 160, 200) if options.quick else decoder(4, 512, 1376, 8192)
+    of_ranks = {}
+    for ranks in RANKS[:2] if options.quick else RANKS:
+        with tempfile.TemporaryDirectory() as folder, ProcessPoolExecutor(ranks, multiprocessing.get_context("spawn")) as pool:
+            jobs = [pool.submit(measure_rank, i, ranks, f"{folder}/store", shapes, options.rounds) for i in range(ranks)]
+            of_ranks[ranks], *_ = [job.result() for job in jobs]
+    yield {
+        "rounds": options.rounds,
         "threads_per_rank": 1,
         "shapes": shapes,
         "parameters": sum(map(math.prod, shapes)),
         "sent_bytes_per_step": 4 * sent_numbers(shapes),
-        "timings": timings,
-        "processor_microseconds_a_parameter": small,
-        "paper": {"assumptions": PAPER, "seconds": on_paper},
+        "timings": {ranks: timings for ranks, (timings, _) in of_ranks.items()},
+        "processor_microseconds_a_parameter": {ranks: small for ranks, (_, small) in of_ranks.items()},
+        "paper": {"assumptions": PAPER, "seconds": {ranks: paper(ranks) for ranks in PAPER_RANKS}},
     }
-    written = write_result("ranks", payload, arguments.results)
-    drawn = save_figure(draw(timings, on_paper), "ranks", arguments.results)
-    print(f"wrote {written} and {drawn}")
+
+
+def table(result: dict[str, Any]) -> str:
+    timings, small = result["timings"], result["processor_microseconds_a_parameter"]
+    names = list(timings["1"])
+    rows = [[n, *(f"{of[name]['median']:.2f}" if name in of else "-" for name in names)] for n, of in timings.items()]
+    costs = [[f"{title}, {n} ranks", *(f"{us:.1f}" for us in of[title].values())] for title in SMALL for n, of in small.items()]
+    on_paper = result["paper"]["seconds"]
+    thought = [[f"{int(n):,}", *(f"{seconds * 1e3:.2f}" for seconds in of.values())] for n, of in on_paper.items()]
+    tables = [
+        markdown_table(["ranks, ms of a step", *names], rows),
+        markdown_table(["processor time, us a parameter", ADAFACTOR, FUSED], costs),
+        markdown_table(["ranks, on paper, ms of a step", *on_paper["8"]], thought),
+    ]
+    return "\n\n".join(tables)
+
+
+def draw(result: dict[str, Any]) -> Any:
+    names = [*CONTENDERS, "all_reduce"]
+    measured = {f"{n} ranks": [(name, of[name]["median"]) for name in names] for n, of in result["timings"].items()}
+    seconds, names = result["paper"]["seconds"], [ADAFACTOR, ADAMW, "all_reduce"]
+    on_paper = {f"{int(n):,} ranks": [(name, 1e3 * of[name]) for name in names] for n, of in seconds.items()}
+    panels = {"Measured on 2 cores: the slowest rank": measured, "On paper: a decoder of 6.7 billion": on_paper}
+    return dots(panels, "ms of a step, logarithmic")
 
 
 if __name__ == "__main__":
-    main()
+    run_profile("ranks", parser(__doc__, rounds=15).parse_args(), measure, table, draw)

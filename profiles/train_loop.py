@@ -2,141 +2,132 @@
 
 Contenders take turns on copies of one character transformer. "Compiled" is torch.compile on the whole step: one graph for ours,
 in which the fused step is an operator, and for AdamW. transformers' Adafactor keeps its step count in a Python int, so that
-torch.compile would make a graph for each step: there the model is compiled and the optimizer is not.
+torch.compile would make a graph for each step: there the model is compiled and the optimizer is not. gpu.py measures the same
+on a card, with a larger model.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
+import inspect
+import math
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from _shared import color_of, compare, figures, markdown_table, parser, save_figure, write_result
+from _contenders import CONTENDERS, ours
+from _shared import call_ms, compare, dots, markdown_table, parser, run_profile
 from _shared.character_model import CharacterTransformer, batches, english
-from torch import Tensor, nn
-
-from adafactor_compiled import Adafactor
+from torch import nn
 
 SEED, BATCH, CONTEXT = 0, 12, 64
-OURS = {"lr": 1e-3, "scale_parameter": False, "relative_step": False}
 NONE = "no optimizer"
+MODES = ["eager", "compiled"]
+KEYS = ["fused", "compiled", "adamw-fused", "transformers"]
+IN_GRAPH = {"fused": ours(fused=True, capturable=True), "compiled": ours(compile=True, capturable=True)}
+# The limit of graphs counts by code object; older releases have no way to keep it to one function.
+ISOLATED = {"isolate_recompiles": True} if "isolate_recompiles" in inspect.signature(torch.compile).parameters else {}
 
 
-def transformers_adafactor(params: Any) -> Any:
-    from transformers.optimization import Adafactor as Original
+def step_of(key: str, model: nn.Module, batch: tuple[Any, Any], mode: str, backend: str) -> Callable[[], object]:
+    """A training step with this optimizer on a copy of the model."""
+    model = copy.deepcopy(model)
+    params, loss_of, compiled, optimizer = list(model.parameters()), model.loss, mode == "compiled", None
+    if key != NONE:
+        make = IN_GRAPH.get(key, CONTENDERS[key].make) if compiled else CONTENDERS[key].make
+        optimizer = make(params, None)
+    if compiled and key == "transformers":
+        loss_of = torch.compile(loss_of, backend=backend, **ISOLATED)
 
-    return Original(params, **OURS)
-
-
-# name: (optimizer in an eager loop, optimizer in a compiled one, whether its step can be part of the graph)
-Make = Callable[[Any], Any]
-CONTENDERS: dict[str, tuple[Make, Make, bool]] = {
-    NONE: (lambda params: None, lambda params: None, True),
-    "Adafactor, fused": (
-        lambda params: Adafactor(params, **OURS, fused=True),
-        lambda params: Adafactor(params, **OURS, fused=True, capturable=True),
-        True,
-    ),
-    "Adafactor, compiled": (
-        lambda params: Adafactor(params, **OURS, compile=True),
-        lambda params: Adafactor(params, **OURS, compile=True, capturable=True),
-        True,
-    ),
-    "fused AdamW": (
-        lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        lambda params: torch.optim.AdamW(params, lr=1e-3, fused=True),
-        True,
-    ),
-    "transformers": (transformers_adafactor, transformers_adafactor, False),
-}
-
-
-def training_step(model: Any, loss_of: Callable[..., Tensor], optimizer: Any) -> Callable[[Tensor, Tensor], Tensor]:
-    params = list(model.parameters())
-
-    def step(x: Tensor, y: Tensor) -> Tensor:
-        loss = loss_of(x, y)
+    def train() -> Any:
+        loss = loss_of(*batch)
         loss.backward()
         if optimizer is not None:
             optimizer.step()
-            for param in params:
-                param.grad = None
+            drop_gradients()
         return loss.detach()
+
+    def drop_gradients() -> None:
+        for param in params:
+            param.grad = None
+
+    whole = torch.compile(train, backend=backend, **ISOLATED) if compiled and key != "transformers" else train
+
+    def step() -> None:
+        whole()
+        if optimizer is None:  # what a graph drops itself would be dead code in it, and the backward pass with that
+            drop_gradients()
 
     return step
 
 
-def contender(name: str, model: nn.Module, compiled: bool) -> Callable[[Tensor, Tensor], Tensor]:
-    model = copy.deepcopy(model)
-    eager, in_graph, traceable = CONTENDERS[name]
-    optimizer = (in_graph if compiled else eager)(model.parameters())
-    loss_of: Any = model.loss
-    if not compiled and optimizer is not None:
-        return training_step(model, loss_of, optimizer)
-    if optimizer is None:
-        # Gradients that the graph itself drops would be dead code, and the backward pass with them.
-        keeping, params = training_step(model, loss_of, None), list(model.parameters())
-        if compiled:
-            keeping = torch.compile(keeping, isolate_recompiles=True)
-
-        def step(x: Tensor, y: Tensor) -> Tensor:
-            loss = keeping(x, y)
-            for param in params:
-                param.grad = None
-            return loss
-
-        return step
-    if traceable:
-        return torch.compile(training_step(model, loss_of, optimizer), isolate_recompiles=True)
-    return training_step(model, torch.compile(loss_of), optimizer)
+def synchronize(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
 
 
-def main() -> None:
-    options = parser(__doc__).parse_args()
+def measured(
+    keys: list[str], rounds: int, calls: int, device: str = "cpu", backend: str = "inductor", **sizes: int
+) -> Iterator[dict[str, Any]]:
+    """What was measured so far: seconds of the first steps, milliseconds of the others if there are rounds, and errors."""
     torch._dynamo.config.trace_autograd_ops = True
     torch.manual_seed(SEED)
     text, _, alphabet = english()
-    model = CharacterTransformer(len(alphabet), **({"width": 16, "depth": 1} if options.quick else {"depth": 1}))
-    (batch,) = batches(text, 1, BATCH, CONTEXT, SEED)
-    names = [NONE, "Adafactor, fused"] if options.quick else list(CONTENDERS)
-
-    timings, first_steps, rows = {}, {}, []
-    for mode in ("eager", "compiled"):
-        steps = {}
-        for name in names:
-            step = contender(name, model, mode == "compiled")
-            start = time.perf_counter()
-            step(*batch)
-            first_steps[f"{mode}: {name}"] = time.perf_counter() - start
-            steps[name] = lambda step=step: step(*batch)
-        timings[mode] = compare(steps, 1 if options.quick else options.rounds, calls=1 if options.quick else 5)
-        bare = timings[mode][NONE].median
-        for name, timing in timings[mode].items():
-            share = max(0.0, 1 - bare / timing.median)
-            rows.append([f"{mode}: {name}", f"{timing.median:.1f}", f"{share:.0%}", f"{first_steps[f'{mode}: {name}']:.0f}"])
-    table = markdown_table(["training step", "ms", "optimizer's share", "first step, s"], rows)
-    print(table)
-
+    count, context = sizes.pop("batch", BATCH), sizes.get("context", CONTEXT)
+    model = CharacterTransformer(len(alphabet), **sizes).to(device)
+    ((x, y),) = batches(text, 1, count, context, SEED)
     parameters = sum(param.numel() for param in model.parameters())
-    result = {"parameters": parameters, "batch": [BATCH, CONTEXT], "timings": timings, "first_steps": first_steps}
-    write_result("train_loop", result, options.results)
+    result: dict[str, Any] = {"parameters": parameters, "batch": [count, context]}
+    result |= {"timings": {}, "first_steps": {}, "errors": {}}
 
-    plt = figures()
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.2), sharex=True)
-    for ax, (mode, of_mode) in zip(axes, timings.items(), strict=True):
-        bare = of_mode[NONE].median
-        shown = [name for name in reversed(of_mode) if name != NONE]
-        rest = [max(0.0, of_mode[name].median - bare) for name in shown]
-        ax.barh(shown, [bare] * len(shown), color="#d0d0d0", label="forward and backward")
-        ax.barh(shown, rest, left=bare, color=[color_of(name) for name in shown], label="optimizer")
-        ax.set_title(f"{mode} training step")
-        ax.set_xlabel("ms")
-        ax.grid(axis="y", visible=False)
-    axes[1].tick_params(labelleft=False)
-    save_figure(figure, "train_loop", options.results)
+    def clock(step: Callable[[], object]) -> float:  # waits once, so that the host may run ahead
+        start = time.perf_counter()
+        call_ms(step, calls)
+        synchronize(device)
+        return (time.perf_counter() - start) * 1e3 / calls
+
+    for mode in MODES:
+        steps = {}
+        for key in keys:
+            name, start = CONTENDERS[key].name if key in CONTENDERS else key, time.perf_counter()
+            try:
+                step = step_of(key, model, (x.to(device), y.to(device)), mode, backend)
+                step()
+                synchronize(device)
+                steps[name] = step
+                result["first_steps"][f"{mode}: {name}"] = time.perf_counter() - start
+            except Exception:  # one that does not run here is a result
+                result["errors"][f"{mode}: {name}"] = traceback.format_exc()[-1500:]
+            yield result
+        if rounds:
+            result["timings"][mode] = compare(steps, rounds, clock=clock)
+            yield result
+
+
+def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    if options.quick:
+        return measured([NONE, "fused"], 1, 1, width=16, depth=1)
+    return measured([NONE, *KEYS], options.rounds, 5, depth=1)
+
+
+def table(result: dict[str, Any]) -> str:
+    rows = []
+    for mode, timings in result["timings"].items():
+        for name, timing in timings.items():
+            share = max(0.0, 1 - timings[NONE]["median"] / timing["median"]) if NONE in timings else math.nan
+            first = result["first_steps"][f"{mode}: {name}"]
+            rows.append([f"{mode}: {name}", f"{timing['median']:.1f}", f"{share:.0%}", f"{first:.0f}"])
+    errors = [f"- {name}: {error.strip().splitlines()[-1]}" for name, error in result.get("errors", {}).items()]
+    return "\n".join([markdown_table(["training step", "ms", "optimizer's share", "first step, s"], rows), *errors])
+
+
+def draw(result: dict[str, Any]) -> Any:
+    rows = {mode: [(name, x["median"]) for name, x in timings.items()] for mode, timings in result["timings"].items()}
+    return dots({"A training step": rows}, "ms, logarithmic")
 
 
 if __name__ == "__main__":
-    main()
+    run_profile("train_loop", parser(__doc__).parse_args(), measure, table, draw)

@@ -1,1 +1,1 @@
-"""The parts of gpu.py: what each measures (steps, checks, training), its process, and the report of it all."""
+"""The parts of gpu.py: what each measures (checks, steps), its process (jobs), and the report of it all."""

@@ -1,197 +1,148 @@
-"""One network's parameter list: the first step, the time of a step beside the others', its memory and its kernels."""
+"""One network's parameter list: the first step, the time of a step beside the others', and its memory; the training step."""
 
 from __future__ import annotations
 
+import atexit
 import gc
 import math
 import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from _contenders import CONTENDERS, adamw, make_params, ours
-from _networks import NETWORKS, Shapes, by_shape
+import torch.distributed as dist
+from _contenders import CONTENDERS, make_optimizers, make_params, sharded
+from _networks import ROWS, Row
+from _shared import call_ms, compare
 from torch import Tensor
 from torch.optim import Optimizer
+from train_loop import KEYS, NONE, measured, synchronize
 
-from _card.checks import SMALL
-from _card.clock import Clock, in_turn, synchronize
-from _card.errors import recorded, shortened
+from _card.checks import SHAPES
+from _card.jobs import Emit, Record, recorded
 
-OURS, ADAMW = "fused", "adamw-fused"
-FEW = [OURS, ADAMW]
-OTHERS = ["adamw-foreach", "multi-tensor", "torch-foreach", "transformers"]
-CAPTURED = {  # those whose step a CUDA graph can hold
-    OURS: ours(fused=True, capturable=True),
-    ADAMW: adamw(fused=True, capturable=True),
-    "adamw-foreach": adamw(foreach=True, capturable=True),
-    "multi-tensor": ours(compile=False, capturable=True),
-}
-HALF = {"decoder-600m": torch.bfloat16}
-# Ranges of the host, which a profiler draws out over their kernels on the device's line too.
-RANGES = ("Adafactor: ", "Optimizer.", "## ", "Torch-Compiled", "TorchDynamo", "ProfilerStep")
-SHOWN = 30  # kernels of a step that are listed on their own
+OURS, ADAMW = FEW = ["fused", "adamw-fused"]
+OTHERS = ["adamw-foreach", "adamw-8bit", "multi-tensor", "torch-foreach", "transformers"]
+SHARDED = "-sharded"  # behind the name of a row: under fully_shard, on one rank
+MOST_AHEAD_MS, SECONDS = 40.0, 3.0  # of copies before a step, and of the rounds of a comparison
+COPIED = 1 << 28  # float32 elements, 1 GB: many times the cache of a card
 
-Emit = Callable[[], None]
+LISTS = {**ROWS, "tiny": Row("tiny", lambda: SHAPES[:-1])}
+LISTS |= {f"{name}{SHARDED}": row._replace(title=f"{row.title}, fully_shard") for name, row in LISTS.items()}
 
 
-def shapes_of(network: str) -> Shapes:
-    return SMALL if network == "tiny" else NETWORKS[network]()
+class Clock:
+    """Milliseconds on the host and on the device, each to be measured in this order.
+
+    On the host: until the call returns, which waits for nothing. On the device: between two CUDA events, behind copies that
+    keep it busy until the host is ahead, as it is in training behind a backward pass; without them a step of many launches
+    is measured by how fast Python launches. On a CPU both are the same.
+    """
+
+    def __init__(self, device: str) -> None:
+        self.device, self.ahead = device, dict[Any, int]()
+        if device == "cuda":
+            self._from, self._to = (torch.zeros(COPIED, device=device) for _ in range(2))
+            self.copy_ms = sorted(self._between(self._copy) for _ in range(12))[4]
+
+    def host(self, step: Any) -> float:
+        synchronize(self.device)
+        ms = call_ms(step)
+        synchronize(self.device)
+        if self.device == "cuda":
+            self.ahead[step] = math.ceil(min(1.0 + 2 * ms, MOST_AHEAD_MS) / self.copy_ms)
+        return ms
+
+    def on_device(self, step: Any) -> float:
+        if self.device == "cpu":
+            return call_ms(step)
+        for _ in range(self.ahead[step]):
+            self._copy()
+        return self._between(step)
+
+    def _copy(self) -> None:
+        self._to.copy_(self._from)
+
+    def _between(self, step: Any) -> float:
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        step()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+    def compare(self, optimizers: dict[str, Optimizer], rounds: int) -> dict[str, Any]:
+        """host_ms and device_ms by contender, in turn, the slow ones in some rounds."""
+        calls = {key: optimizer.step for key, optimizer in optimizers.items()}
+        every = {key: CONTENDERS[key].every for key in calls}
+        host = compare(calls, rounds, every=every, clock=self.host, seconds=SECONDS)
+        device = compare(calls, rounds, 0, every=every, clock=self.on_device, seconds=SECONDS)
+        return {key: {"host_ms": host[key], "device_ms": device[key]} for key in calls}
 
 
-def dtype_of(network: str) -> torch.dtype:
-    return HALF.get(network, torch.float32)
+def params_of(network: str, device: str) -> list[Tensor]:
+    row = LISTS[network]
+    params = make_params(row.shapes(), row.dtype, device=device)
+    if network.endswith(SHARDED):
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(dist.destroy_process_group)
+        return sharded(params)
+    return params
 
 
-def floor_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
-    """What Adafactor must move: of a matrix parameter and gradient read twice (no element can be updated before the sums of
-    all are known) and the parameter written; of a vector read once and written; the float32 state read and written."""
-    total = 0
-    for shape in shapes:
-        numel = math.prod(shape)
-        if len(shape) < 2:
-            total += 3 * numel * dtype.itemsize + 2 * 4 * numel
-        else:
-            total += 5 * numel * dtype.itemsize + 2 * 4 * (numel // shape[-1] + numel // shape[-2])
-    return total
-
-
-def adamw_floor_bytes(shapes: Shapes, dtype: torch.dtype) -> int:
-    """What AdamW must move: four tensors read and three written."""
-    return 7 * dtype.itemsize * sum(map(math.prod, shapes))
-
-
-def first_steps(record: dict[str, Any], emit: Emit, network: str, device: str, quick: bool) -> None:
-    """The first step of a fresh process; its cache is what the caller has made it."""
-    params = make_params(shapes_of(network), dtype_of(network), device=device)
-    _first_step(record, params, device)
-
-
-def _first_step(record: dict[str, Any], params: list[Tensor], device: str) -> Optimizer:
-    def done() -> float:
+def first_step(record: Record, key: str, params: list[Tensor], beta1: float | None, device: str) -> dict[str, Optimizer]:
+    """The contender, after a step whose seconds and its construction's the record has; without one that is not for these."""
+    start = time.perf_counter()
+    made, missing = make_optimizers([key], params, beta1)
+    for optimizer in made.values():
+        optimizer.step()
         synchronize(device)
-        return time.perf_counter()
-
-    start = done()
-    optimizer = CONTENDERS[OURS].make(params, None)
-    made = done()
-    optimizer.step()
-    first = done()
-    optimizer.step()
-    record.update(
-        construction_s=made - start,
-        first_step_s=first - made,
-        second_step_s=done() - first,
-        compile_s=optimizer.summary().compile_seconds,
-    )
-    return optimizer
+        record["first_step_s"] = time.perf_counter() - start
+    if missing:
+        record["missing"] = missing[key]
+    return made
 
 
-def steps(record: dict[str, Any], emit: Emit, network: str, device: str, quick: bool, rounds: int) -> None:
-    """First ours and fused AdamW alone: eager calls, memory, replays; then all in turn; then what a profiler sees."""
-    shapes, dtype = shapes_of(network), dtype_of(network)
-    params = make_params(shapes, dtype, device=device)
-    record.update(shapes=by_shape(shapes), tensors=len(shapes), parameters=sum(map(math.prod, shapes)), dtype=str(dtype))
-    record["parameter_bytes"] = sum(param.nbytes for param in params)
-    errors: dict[str, Any] = record.setdefault("errors", {})
-    optimizers: dict[str, Optimizer] = {}
+def first_steps(record: Record, emit: Emit, network: str, device: str) -> None:
+    """The first step of a fresh process; its cache is what the caller has made it."""
+    first_step(record, OURS, params_of(network, device), LISTS[network].beta1, device)
 
-    def make(key: str) -> None:
-        try:
-            if key == OURS:
-                optimizers[key] = _first_step(record.setdefault("first_step", {}), params, device)
-            else:
-                optimizers[key] = CONTENDERS[key].make(params, None)
-                optimizers[key].step()
-        except Exception:  # one that does not run here is a result
-            optimizers.pop(key, None)
-            errors[key] = shortened()
+
+def steps(record: Record, emit: Emit, network: str, device: str, rounds: int) -> None:
+    """First ours and fused AdamW alone, then all in turn; for each of both its memory."""
+    row, params = LISTS[network], params_of(network, device)
+    record |= {**row.described(), "parameter_bytes": sum(param.nbytes for param in params), "peak_bytes": {}, "first": {}}
+    clock, optimizers = Clock(device), dict[str, Optimizer]()
+    for group, keys in (("few", FEW), ("all", OTHERS)):
+        for key in keys:
+            with recorded(record["first"].setdefault(key, {})):  # one that does not run here is a result
+                optimizers |= first_step(record["first"][key], key, params, row.beta1, device)
+            emit()
+        record[group] = clock.compare(optimizers, rounds)
+        if device == "cuda":
+            record["peak_bytes"] |= {key: peak_of(optimizers[key]) for key in keys if key in optimizers}
         emit()
-
-    for key in FEW:
-        make(key)
-    clock = Clock(device)
-    floors = {"floor_ms": floor_bytes(shapes, dtype), "adamw_floor_ms": adamw_floor_bytes(shapes, dtype)}
-    record["copy_gigabytes_per_second"] = clock.gigabytes_per_second
-    record |= {name: count / clock.gigabytes_per_second / 1e6 for name, count in floors.items()}
-    record["few"] = in_turn(clock, {key: optimizer.step for key, optimizer in optimizers.items()}, rounds)
-    emit()
-    if device == "cuda":
-        _memory(record, emit, optimizers, FEW)
-        _replays(record, emit, clock, params, rounds)
-    for key in OTHERS:
-        make(key)
-    every = {key: CONTENDERS[key].every for key in optimizers}
-    record["all"] = in_turn(clock, {key: optimizer.step for key, optimizer in optimizers.items()}, rounds, every)
-    emit()
-    if device == "cuda":
-        _memory(record, emit, optimizers, OTHERS)
-        for key in FEW:
-            if key in optimizers:
-                with recorded(record.setdefault("kernels", {}).setdefault(key, {})):
-                    record["kernels"][key] = kernels_of(optimizers[key].step)
-                emit()
+        if network.endswith(SHARDED):  # the others do not know pieces
+            break
 
 
-def _memory(record: dict[str, Any], emit: Emit, optimizers: dict[str, Optimizer], keys: list[str]) -> None:
+def peak_of(optimizer: Optimizer) -> int:
     """What a step holds at its peak beyond what is there before it."""
-    peaks = record.setdefault("peak_bytes", {})
-    for key in keys:
-        if key in optimizers:
-            gc.collect()
-            torch.cuda.synchronize()
-            before = torch.cuda.memory_allocated()
-            torch.cuda.reset_peak_memory_stats()
-            optimizers[key].step()
-            torch.cuda.synchronize()
-            peaks[key] = torch.cuda.max_memory_allocated() - before
-    emit()
+    gc.collect()
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    optimizer.step()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
 
 
-def _replays(record: dict[str, Any], emit: Emit, clock: Clock, params: list[Tensor], rounds: int) -> None:
-    """Steps captured by hand, replayed in turn."""
-    record["replay_errors"], graphs = {}, {}
-    optimizers = []  # a graph does not keep the state that it steps
-    for key, make in CAPTURED.items():
-        try:
-            optimizers.append(make(params, None))
-            graphs[key] = captured(optimizers[-1].step)
-        except Exception:  # a capture that fails is a result
-            record["replay_errors"][key] = shortened()
+def training(record: Record, emit: Emit, device: str, rounds: int, quick: bool) -> None:
+    """train_loop.py on the device; without rounds everything is compiled, for the cache, and nothing is measured."""
+    torch.set_float32_matmul_precision("high")
+    sizes = {"width": 16, "depth": 1, "heads": 2, "context": 16, "batch": 2}
+    if device == "cuda" and not quick:
+        sizes = {"width": 512, "depth": 2, "heads": 8, "context": 256, "batch": 32}
+    keys, backend = ([NONE, *KEYS[:1]], "aot_eager") if quick else ([NONE, *KEYS], "inductor")
+    for so_far in measured(keys, rounds, 10, device, backend, **sizes):
+        record.update(so_far)
         emit()
-    record["replay"] = {}
-    with recorded(record["replay"]):
-        record["replay"] = in_turn(clock, {key: graph.replay for key, graph in graphs.items()}, rounds)
-    emit()
-
-
-def captured(step: Callable[[], object]) -> torch.cuda.CUDAGraph:
-    """The step as a CUDA graph, captured as torch's documentation does it."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(3):
-            step()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    return graph
-
-
-def kernels_of(step: Callable[[], object]) -> dict[str, Any]:
-    """The launches of one step, the milliseconds that its kernels take, and the longest of them."""
-    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
-    with torch.profiler.profile(activities=activities) as profiler:
-        step()
-        torch.cuda.synchronize()
-    by_name: dict[str, list[float]] = {}
-    for event in profiler.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA and not event.name.startswith(RANGES):
-            by_name.setdefault(event.name, []).append(event.time_range.elapsed_us() / 1e3)
-    longest = sorted(by_name, key=lambda name: -sum(by_name[name]))[:SHOWN]
-    return {
-        "launches": sum(map(len, by_name.values())),
-        "ms": sum(map(sum, by_name.values())),
-        "longest": [{"name": name[:120], "launches": len(by_name[name]), "ms": sum(by_name[name])} for name in longest],
-    }

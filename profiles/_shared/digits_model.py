@@ -28,7 +28,7 @@ def digits() -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return scans[:split], labels[:split], scans[split:], labels[split:]
 
 
-def batches(scans: Tensor, labels: Tensor, count: int, size: int, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+def batches(scans: Tensor, labels: Tensor, count: int, seed: int, size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """`count` pairs of `size` scans and their digits, drawn with replacement; equal for equal seeds."""
     generator = torch.Generator().manual_seed(seed)
     for _ in range(count):

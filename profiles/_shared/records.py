@@ -33,33 +33,30 @@ def machine() -> dict[str, Any]:
 
 
 def write_result(name: str, payload: Mapping[str, Any], directory: Path = RESULTS) -> Path:
-    """Write `directory/name.json`: the machine, then `payload`.
+    """Write `directory/name.json`: the machine, then `payload`, anything of dicts, sequences, strings and numbers.
 
-    Args:
-        name: of the profile.
-        payload: anything of dicts, sequences, strings and numbers; dataclasses (a `Timing`) become dicts, numbers that are
-            not finite become null, and what JSON does not know (a dtype, a device, a path) its string.
-        directory: made where it is missing.
-
-    Returns:
-        The path of the file.
+    Dataclasses (a `Timing`) become dicts, numbers that are not finite become null, and what JSON does not know (a dtype, a
+    device, a path) its string.
     """
-    text = json.dumps(_plain({"profile": name, "machine": machine(), **payload}), indent=1)
+    path = directory / f"{name}.json"
+    write_json(path, {"profile": name, "machine": machine(), **payload})
+    return path
+
+
+def write_json(path: Path, payload: Mapping[str, Any]) -> None:
+    """Write a file that is whole at any moment: who writes as it goes may be cut off while it writes."""
+    text = json.dumps(_plain(payload), indent=1)
     # A list of numbers or names reads better on one line; a line break never lies inside a JSON string.
     text = re.sub(r"\[[^\[\]{}]*\]", lambda match: re.sub(r"\n\s*", " ", match.group()), text)
-    directory.mkdir(parents=True, exist_ok=True)
-    path = directory / f"{name}.json"
-    # Whole at any moment: a profile that writes as it goes may be cut off while it writes.
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix(".json.part")
     part.write_text(text + "\n", encoding="utf-8")
     part.replace(path)
-    return path
 
 
 def read_result(name: str, directory: Path = RESULTS) -> dict[str, Any]:
     """What `write_result` wrote last."""
-    result: dict[str, Any] = json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
-    return result
+    return json.loads((directory / f"{name}.json").read_text(encoding="utf-8"))
 
 
 def _plain(value: Any) -> Any:

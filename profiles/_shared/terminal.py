@@ -1,80 +1,88 @@
-"""What a profile says on the terminal: its options, a line of progress, a table."""
+"""What a profile does on the terminal: its options, the order of things, a line of progress, a table."""
 
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 import torch
 
-from _shared.records import RESULTS
+from _shared.figures import save_figure
+from _shared.records import RESULTS, read_result, write_result
 
-WIDTH = 16
-
-
-class _Threads(argparse.Action):
-    def __call__(self, parser: object, namespace: object, values: object, option_string: str | None = None) -> None:
-        assert isinstance(values, int)
-        torch.set_num_threads(values)
+QUICK_ROUNDS = 3
 
 
 def at_least_one(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"should be at least 1 but is: {value}")
-    return value
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"should be at least 1 but is: {text}")
+    return int(text)
 
 
-def parser(description: str | None, rounds: int = 9, redraw: bool = False) -> argparse.ArgumentParser:
-    """A parser with the options that all profiles have, `--redraw` for those that `run_profile` runs; `--threads` takes effect
-    when it is parsed."""
+def parser(description: str | None, rounds: int = 9, **lists: Collection[str]) -> argparse.ArgumentParser:
+    """A parser with the options that all profiles have.
+
+    Args:
+        description: what `--help` shows.
+        rounds: default of `--rounds`.
+        **lists: further options of one or more words, and the words that each may have.
+    """
     result = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     result.add_argument("--quick", action="store_true", help="a small and short run, to see that everything works")
-    result.add_argument(
-        "--rounds", type=at_least_one, default=rounds, help="measurements of each contender (default %(default)s)"
-    )
-    result.add_argument("--threads", type=at_least_one, action=_Threads, help="threads for torch (default: all cores)")
-    result.add_argument(
-        "--results", type=Path, default=RESULTS, help="directory for the JSON and the picture (default profiles/results)"
-    )
-    if redraw:
-        result.add_argument(
-            "--redraw", action="store_true", help="measure nothing: print the table and draw the picture of the last result"
-        )
+    result.add_argument("--rounds", type=at_least_one, default=rounds, help="measurements of a contender (default %(default)s)")
+    result.add_argument("--threads", type=at_least_one, help="threads for torch (default: all cores)")
+    result.add_argument("--results", type=Path, default=RESULTS, help="directory for the JSON and the picture")
+    result.add_argument("--redraw", action="store_true", help="measure nothing, print and draw the last result")
+    for name, words in lists.items():
+        result.add_argument(f"--{name}", nargs="+", choices=words, metavar="NAME", help=f"of {', '.join(words)}")
     return result
 
 
-class ProgressLine:
-    """One line on standard error that is written over and gone at the end; nothing where that is no terminal.
+def run_profile(
+    name: str,
+    options: argparse.Namespace,
+    measure: Callable[[argparse.Namespace], Iterator[Mapping[str, Any]]],
+    table: Callable[[dict[str, Any]], str],
+    draw: Callable[[dict[str, Any]], Any],
+) -> None:
+    """Measure, unless `--redraw` was given; then print the table and save the picture of what is in the JSON.
 
-    with ProgressLine("training") as line:
-        line.show(done, total, "loss 2.31")
+    Where matplotlib is missing the measuring is not lost: the picture can be drawn elsewhere, from the JSON.
+
+    Args:
+        name: of the profile.
+        options: from a `parser`; a quick run has few rounds.
+        measure: yields everything measured so far, each time there is more; each is written, so that a long run that is
+            interrupted leaves what it has.
+        table: Markdown from the content of the JSON.
+        draw: a figure from the content of the JSON.
     """
+    if not options.redraw:
+        torch.set_num_threads(options.threads or torch.get_num_threads())
+        if options.quick:
+            options.rounds = min(QUICK_ROUNDS, options.rounds)
+        print(f"writing {options.results / name}.json", flush=True)
+        for payload in measure(options):
+            write_result(name, payload, options.results)
+    result = read_result(name, options.results)
+    print(table(result))
+    if importlib.util.find_spec("matplotlib") is None and not options.redraw:
+        print("no picture, since matplotlib is missing; `--redraw` draws it where that is installed")
+        return
+    print(f"drew {save_figure(draw(result), name, options.results)}")
 
-    def __init__(self, title: str) -> None:
-        self.title = title
-        self.visible = sys.stderr.isatty()
 
-    def __enter__(self) -> ProgressLine:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if self.visible:
-            sys.stderr.write("\r\x1b[K")
-            sys.stderr.flush()
-
-    def show(self, done: int, total: int, text: str = "") -> None:
-        """Draw the bar for `done` of `total`, with `text` behind it."""
-        if self.visible:
-            filled = WIDTH * done // total
-            line = f"{self.title} [{'#' * filled}{'.' * (WIDTH - filled)}] {done}/{total} {text}"
-            columns = shutil.get_terminal_size().columns  # a line that wraps could not be written over
-            sys.stderr.write(f"\r\x1b[K{line[: columns - 1]}")
-            sys.stderr.flush()
+def show_progress(text: str = "") -> None:
+    """A line on standard error in place of the last one; nothing where that is no terminal."""
+    if sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns  # a line that wraps could not be written over
+        sys.stderr.write(f"\r\x1b[K{text[: columns - 1]}")
+        sys.stderr.flush()
 
 
 def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -82,12 +90,10 @@ def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     for row in rows:
         if len(row) != len(header):
             raise ValueError(f"a row should have {len(header)} cells but has {len(row)}: {list(row)!r}")
-    widths = [max(3, *(len(row[i]) for row in (header, *rows))) for i in range(len(header))]
+    widths = [max(3, *map(len, column)) for column in zip(header, *rows, strict=True)]
 
     def line(cells: Sequence[str]) -> str:
-        padded = [
-            cell.rjust(width) if i else cell.ljust(width) for i, (cell, width) in enumerate(zip(cells, widths, strict=True))
-        ]
+        padded = [f"{cell:{'>' if i else '<'}{width}}" for i, (cell, width) in enumerate(zip(cells, widths, strict=True))]
         return f"| {' | '.join(padded)} |"
 
     rule = "|".join("-" * (width + 1) + (":" if i else "-") for i, width in enumerate(widths))

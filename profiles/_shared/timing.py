@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+
+LEAST_ROUNDS = 3
 
 
 @dataclass(frozen=True)
@@ -30,12 +33,22 @@ def timing_of(milliseconds: Sequence[float]) -> Timing:
     return Timing(median, low, high)
 
 
+def call_ms(step: Callable[[], object], calls: int = 1) -> float:
+    """Milliseconds until a call returns, the mean of some."""
+    start = time.perf_counter()
+    for _ in range(calls):
+        step()
+    return (time.perf_counter() - start) * 1e3 / calls
+
+
 def compare(
     steps: Mapping[str, Callable[[], object]],
     rounds: int = 9,
     warm_up: int = 2,
     calls: int = 1,
     every: Mapping[str, int] | None = None,
+    clock: Callable[[Callable[[], object]], float] | None = None,
+    seconds: float = math.inf,
 ) -> dict[str, Timing]:
     """Time each contender once a round, for `rounds` rounds, each in an order of its own.
 
@@ -48,6 +61,8 @@ def compare(
         warm_up: unmeasured calls of each contender before the first round; compilation belongs there.
         calls: calls to a measurement, for steps that are too short for the clock.
         every: contenders that take part only in every n-th round, the first included, because they are slow; and that n.
+        clock: measures one step in milliseconds (default: `calls` of them, until they return).
+        seconds: after which no round begins but the first `LEAST_ROUNDS`.
 
     Returns:
         Milliseconds of one call, by name, in the order of `steps`.
@@ -59,19 +74,17 @@ def compare(
         for _ in range(warm_up):
             step()
     times: dict[str, list[float]] = {name: [] for name in steps}
-    orders = random.Random(0)
+    orders, start = random.Random(0), time.monotonic()
     collecting = gc.isenabled()
     gc.collect()
     gc.disable()  # a collection would fall on whichever contender happens to run
     try:
         for done in range(rounds):
+            if done >= LEAST_ROUNDS and time.monotonic() - start > seconds:
+                break
             for name, step in orders.sample(list(steps.items()), len(steps)):
-                if done % (every or {}).get(name, 1):
-                    continue
-                start = time.perf_counter()
-                for _ in range(calls):
-                    step()
-                times[name].append((time.perf_counter() - start) * 1e3 / calls)
+                if done % (every or {}).get(name, 1) == 0:
+                    times[name].append(clock(step) if clock else call_ms(step, calls))
     finally:
         if collecting:
             gc.enable()
