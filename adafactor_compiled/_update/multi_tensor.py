@@ -146,10 +146,9 @@ def apply(members: Members, new: Averages, f: Factors, shares: Tensor | None = N
         decrease = torch._foreach_mul(params, f.decay.unbind())
         torch._foreach_add_(decrease, update)
         update = decrease
-    if params is members.params:
-        torch._foreach_sub_(params, update)
-    else:
-        _write(members, members.params, torch._foreach_sub(params, update))
+    torch._foreach_sub_(params, update)
+    if params is not members.params:
+        _write(members, members.params, params)
 
 
 def count(members: Members, new: Averages, f: Factors) -> Tensor:
@@ -176,7 +175,7 @@ def _update(members: Members, new: Averages, f: Factors, writes: bool) -> list[T
     of_rows, of_columns = _kept(of_rows), _kept(new.shared.rsqrt())
     for _ in range(1 + _blocks(members)):
         of_columns = of_columns.unsqueeze(-2)
-    update = list(torch._foreach_mul(_to(members.grads, members.table.dtype), of_rows.unsqueeze(-1).unbind()))
+    update = _multiplied(members.grads, of_rows.unsqueeze(-1).unbind(), members.table.dtype)
     torch._foreach_mul_(update, of_columns.unbind())
     return update
 
@@ -213,7 +212,7 @@ def _momentum(members: Members, update: list[Tensor]) -> Tensors:
     """The new momenta, which step in the place of an update; the old ones are left as they are."""
     if not members.exp_avgs:
         return update
-    new = list(torch._foreach_mul(_to(members.exp_avgs, members.table.dtype), _each(members.numbers.beta1)))
+    new = _multiplied(members.exp_avgs, _each(members.numbers.beta1), members.table.dtype)
     torch._foreach_mul_(update, _each(members.numbers.one_minus_beta1))
     torch._foreach_add_(new, update)
     return new
@@ -268,8 +267,7 @@ def _sums_of_squares(tensors: Tensors) -> Tensor:
 
 def _squares(members: Members) -> list[Tensor]:
     """Of the gradients."""
-    grads = _to(members.grads, members.table.dtype)
-    return list(torch._foreach_mul(grads, grads))
+    return _multiplied(members.grads, None, members.table.dtype)
 
 
 def _sum(x: Tensor) -> Tensor:
@@ -291,6 +289,15 @@ def _kept(x: Tensor) -> Tensor:
 
 def _stack(tensors: Tensors) -> Tensor:
     return torch.stack(list(tensors)) if len(tensors) > 1 else tensors[0].unsqueeze(0)
+
+
+def _multiplied(tensors: Tensors, by: Any, dtype: torch.dtype) -> list[Tensor]:
+    """Tensors times numbers or others, or, by None, themselves; nothing is new but the result, of whatever dtype they are."""
+    wide = _to(tensors, dtype)
+    if wide is tensors:
+        return list(torch._foreach_mul(wide, wide if by is None else by))
+    torch._foreach_mul_(wide, wide if by is None else by)
+    return list(wide)
 
 
 def _to(tensors: Tensors, dtype: torch.dtype) -> Tensors:
