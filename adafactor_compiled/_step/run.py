@@ -25,6 +25,7 @@ from adafactor_compiled._step.plan import Part, Plan
 from adafactor_compiled._step.ranges import UNNAMED, range_of
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update import multi_tensor, reference
+from adafactor_compiled._update.members import one_by_one
 from adafactor_compiled._update.rounding import draws_of_entries
 
 Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the RMS of each and of its update, [2, k]
@@ -107,11 +108,15 @@ def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
     for (path, _, _), chosen in by_kind.items():
         some = [parts[j] for j in chosen]
         with range_of(some[0].shape_class, sum(len(x.positions) for x in some), path):
-            if path == "multi_tensor":
-                classes = [inputs.members(x.shape_class, x.positions) for x in some]
-                measured += zip((x.positions for x in some), multi_tensor.step(classes), strict=True)
-                continue
-            for i in (i for x in some for i in x.positions):
+            at_once: list[Part] = []
+            one_after_another: list[Part] = []
+            for x in some:
+                together = path == "multi_tensor" and not one_by_one(x.shape_class, len(x.positions))
+                (at_once if together else one_after_another).append(x)
+            if at_once:
+                classes = [inputs.members(x.shape_class, x.positions) for x in at_once]
+                measured += zip((x.positions for x in at_once), multi_tensor.step(classes), strict=True)
+            for i in (i for x in one_after_another for i in x.positions):
                 reference.step_parameter(*inputs.entries[i][1:], plan.update_rms[i], inputs.draws.get(i))
     return measured
 

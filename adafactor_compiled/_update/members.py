@@ -17,7 +17,15 @@ from adafactor_compiled._update.rounding import swapped
 Tensors = list[Tensor] | tuple[Tensor, ...]
 
 IN_CACHE = 262_144  # on a CPU: elements that are stepped at once, so that one operation finds what another has left in cache
+FEW, LARGE = 8, 1_048_576  # members at once and elements of one: below, a CPU steps one after the other sooner
 PARTS_OF_HALF = 8  # a class in half precision is stepped in so many: float32 takes twice as much, three times, and averages
+
+
+def one_by_one(of: ShapeClass, count: int) -> bool:
+    """Whether so many of a class are stepped sooner one by one: on a CPU an operation on a list is a loop, and saves little."""
+    if of.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return of.numel <= LARGE and min(count, IN_CACHE // max(1, of.numel)) < FEW
 
 
 class Members(NamedTuple):

@@ -11,7 +11,7 @@ from paths import PATHS
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile import graphs
-from adafactor_compiled._update import multi_tensor, reference
+from adafactor_compiled._update import members, multi_tensor, reference
 
 SHAPES = [(6, 8), (6, 8), (4, 4), (5,), (5,), ()]
 
@@ -36,6 +36,12 @@ def fail_at(monkeypatch, module, name, call, error):
 def told(error):
     """The message of an error with its notes, which Python 3.10 has in its arguments."""
     return " ".join([*map(str, error.args), *getattr(error, "__notes__", [])])
+
+
+@pytest.fixture(autouse=True)
+def _at_once(monkeypatch):
+    """Few members of a class too."""
+    monkeypatch.setattr(members, "FEW", 0)
 
 
 INTERRUPTED = {

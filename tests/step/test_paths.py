@@ -29,8 +29,9 @@ def test_multi_tensor(problem: Problem) -> None:
 @settings(max_examples=40)
 @given(problem=problems())
 def test_multi_tensor_in_other_parts(elements: int, problem: Problem) -> None:
-    """As what no cache of a CPU holds is stepped, and as everything on a GPU."""
+    """As what no cache of a CPU holds is stepped, and as everything on a GPU, few of a class too."""
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "FEW", 0)
         patch.setattr(members, "IN_CACHE", elements)
         check_against_reference(problem, "multi-tensor, in other parts", compile=False)
 

@@ -32,6 +32,7 @@ class Memory(TorchDispatchMode):
 
 def memory_of(monkeypatch, shape, dtype, k, **options):
     monkeypatch.setattr(members, "IN_CACHE", 2**62)
+    monkeypatch.setattr(members, "FEW", 0)
     params = [torch.nn.Parameter(torch.randn(shape).to(dtype)) for _ in range(k)]
     for p in params:
         p.grad = torch.randn(shape).to(dtype)
