@@ -209,14 +209,13 @@ def test_first_steps_of_both_paths_and_of_adamw(shared):
     assert {case.optimizer for case in cases if case.network == "gpt2"} == compile_time.NAMES.keys()
 
 
-@pytest.mark.parametrize("optimizer", ["fused", "adamw"])
-def test_first_step_of_a_fresh_process(shared, tmp_path, optimizer):
+def test_first_step_of_a_fresh_process(shared, tmp_path):
     import compile_time
 
-    cold, warm = (compile_time.first_step_in(str(tmp_path), "train", optimizer) for _ in range(2))
-    assert 0 < warm["seconds"] < cold["seconds"]
-    assert warm["found_in_cache"] == cold["graphs"] == (optimizer == "adamw")
-    assert any(tmp_path.iterdir())
+    first = compile_time.first_step_in(str(tmp_path), "train", "fused")
+    assert first["seconds"] == pytest.approx(first["construction_s"] + first["first_step_s"])
+    assert first["graphs"] == first["found_in_cache"] == 0
+    assert any(tmp_path.iterdir())  # the kernels
 
 
 EAGER = ["4 x 4x3 float32 multi_tensor"]
