@@ -115,7 +115,7 @@ def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
                 (at_once if together else one_after_another).append(x)
             if at_once:
                 classes = [inputs.members(x.shape_class, x.positions) for x in at_once]
-                measured += zip((x.positions for x in at_once), multi_tensor.step(classes), strict=True)
+                measured += list(zip([x.positions for x in at_once], multi_tensor.step(classes), strict=True))
             for i in (i for x in one_after_another for i in x.positions):
                 reference.step_parameter(*inputs.entries[i][1:], plan.update_rms[i], inputs.draws.get(i))
     return measured

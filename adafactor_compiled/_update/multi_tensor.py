@@ -147,7 +147,7 @@ def apply(members: Members, new: Averages, f: Factors, shares: Tensor | None = N
         torch._foreach_add_(decrease, update)
         update = decrease
     torch._foreach_sub_(params, update)
-    if params is not members.params:
+    if members.params[0].dtype != dtype:
         _write(members, members.params, params)
 
 
@@ -294,7 +294,7 @@ def _stack(tensors: Tensors) -> Tensor:
 def _multiplied(tensors: Tensors, by: Any, dtype: torch.dtype) -> list[Tensor]:
     """Tensors times numbers or others, or, by None, themselves; nothing is new but the result, of whatever dtype they are."""
     wide = _to(tensors, dtype)
-    if wide is tensors:
+    if tensors[0].dtype == dtype:
         return list(torch._foreach_mul(wide, wide if by is None else by))
     torch._foreach_mul_(wide, wide if by is None else by)
     return list(wide)

@@ -22,7 +22,18 @@ from adafactor_compiled._update import members
 @settings(max_examples=100)
 @given(problem=problems())
 def test_multi_tensor(problem: Problem) -> None:
-    check_against_reference(problem, "multi-tensor", compile=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "FEW", 0)  # what a CPU would step one after the other too
+        check_against_reference(problem, "multi-tensor", compile=False)
+
+
+@settings(max_examples=20)
+@given(problem=problems())
+def test_multi_tensor_of_few_members(problem: Problem) -> None:
+    """Some of a class one after the other, others at once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(members, "FEW", 2)
+        check_against_reference(problem, "multi-tensor, few of a class", compile=False)
 
 
 @pytest.mark.parametrize("elements", [1, 2**62], ids=["one by one", "all of a class"])
