@@ -17,6 +17,7 @@ Shape = tuple[int, ...]
 
 K = 4  # members of a call: guards and the call itself take a small member as long as its step; code grows with each
 LONG_SUM = 4096  # elements, at most, of a sum that Inductor makes a plain loop of
+LEAST_ROW, EXACT_SUM = 64, 512  # of the rows of a long vector: float32 adds them up, without vector instructions one by one
 BLOCK_NUMEL = 73_728  # a block of rows stays in the second-level cache of a CPU between two reads
 FEW_ROWS = 8  # the least of a block, or a matrix is rather one
 SMALL_NUMEL = 65_536  # up to here it is
@@ -130,6 +131,9 @@ def _matrix(slices: int, rows: int, columns: int, on_cpu: bool) -> View:
 
 @cached
 def _rows_of(numel: int) -> Shape:
-    """A long vector cut into equal rows, the longest that are summed in one go; a prime number of elements stays one."""
-    columns = numel if numel <= LONG_SUM else next(d for d in range(LONG_SUM, 0, -1) if numel % d == 0)
-    return (numel,) if columns in (1, numel) else (numel // columns, columns)
+    """A long vector cut into equal rows, best of `EXACT_SUM` elements at most; a prime number of elements stays one."""
+    if numel <= LONG_SUM:
+        return (numel,)
+    of_rows = [d for d in range(LONG_SUM, 1, -1) if numel % d == 0]
+    columns = next((d for d in of_rows if LEAST_ROW <= d <= EXACT_SUM), (of_rows or [1])[0])
+    return (numel,) if columns == 1 else (numel // columns, columns)
