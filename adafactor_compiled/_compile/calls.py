@@ -132,8 +132,8 @@ def _matrix(slices: int, rows: int, columns: int, on_cpu: bool) -> View:
 @cached
 def _rows_of(numel: int) -> Shape:
     """A long vector cut into equal rows, best of `EXACT_SUM` elements at most; a prime number of elements stays one."""
-    if numel <= LONG_SUM:
+    of_rows = [d for d in range(LONG_SUM, 1, -1) if numel % d == 0] if numel > LONG_SUM else []
+    if not of_rows:
         return (numel,)
-    of_rows = [d for d in range(LONG_SUM, 1, -1) if numel % d == 0]
-    columns = next((d for d in of_rows if LEAST_ROW <= d <= EXACT_SUM), (of_rows or [1])[0])
-    return (numel,) if columns == 1 else (numel // columns, columns)
+    columns = next((d for d in of_rows if LEAST_ROW <= d <= EXACT_SUM), of_rows[0])
+    return numel // columns, columns

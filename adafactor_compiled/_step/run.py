@@ -108,15 +108,12 @@ def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
     for (path, _, _), chosen in by_kind.items():
         some = [parts[j] for j in chosen]
         with range_of(some[0].shape_class, sum(len(x.positions) for x in some), path):
-            at_once: list[Part] = []
-            one_after_another: list[Part] = []
-            for x in some:
-                together = path == "multi_tensor" and not one_by_one(x.shape_class, len(x.positions))
-                (at_once if together else one_after_another).append(x)
+            together = group_by_key(path == "multi_tensor" and not one_by_one(x.shape_class, len(x.positions)) for x in some)
+            at_once = [some[j] for j in together.get(True, [])]
             if at_once:
                 classes = [inputs.members(x.shape_class, x.positions) for x in at_once]
                 measured += list(zip([x.positions for x in at_once], multi_tensor.step(classes), strict=True))
-            for i in (i for x in one_after_another for i in x.positions):
+            for i in (i for j in together.get(False, []) for i in some[j].positions):
                 reference.step_parameter(*inputs.entries[i][1:], plan.update_rms[i], inputs.draws.get(i))
     return measured
 
