@@ -14,7 +14,7 @@ from torch import Tensor
 
 from adafactor_compiled import Adafactor
 from adafactor_compiled._fused.launches import launches_of
-from adafactor_compiled._fused.members import Placed, addresses_in, member_of
+from adafactor_compiled._fused.members import Placed, member_of
 from adafactor_compiled._fused.pieces import COLUMNS, COUNT, NEITHER, ROWS, STATISTICS, Piece
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchange import _terms
@@ -113,13 +113,13 @@ class Rank:
 
     def find(self) -> None:
         """What a step finds anew; steps are counted here."""
-        addresses: list[int] = []
-        for member, entry in zip(self.table.members, self.entries, strict=True):
-            found = addresses_in(member, *entry[1:4])
-            assert found is not None
-            addresses += (*found, 0)
-            entry.state["step"] += 1
-        assert not self.table.conflicts(addresses, [x.grad for x in self.entries])
+        grads, states = [x.grad for x in self.entries], [x.state for x in self.entries]
+        addresses = self.table.addresses_of(
+            self.table.tensors([x.param for x in self.entries], grads, states), [0] * len(grads)
+        )
+        for state in states:
+            state["step"] += 1
+        assert not self.table.conflicts(addresses, grads)
         steps = [x.state["step"] for x in self.entries]
         seeds = [self.group["rounding_seed"]] * len(steps)
         draws = draws_of(seeds, range(len(steps)), self.origins, steps, torch.device("cpu"))

@@ -1,13 +1,13 @@
-"""A member as it was when its place in a launch was decided: what a step looks at before kernels, which know addresses, run.
+"""A member as it was when its place in a launch was decided: kernels, which know only addresses, rely on all of it.
 
-Dtype, device, shape, strides and address of every tensor, state included, are looked at in each step.
+Its tensors are looked at in each step, state included: see `_state/guard.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,10 +20,8 @@ from adafactor_compiled._fused.pieces import COL, EXP_AVG, RMS, ROW, G, P
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._state.placements import Origin
+from adafactor_compiled._state.placements import Origin, address_of
 from adafactor_compiled._state.shape_class import ShapeClass
-
-STRIDED = torch.strided
 
 
 class Placed(NamedTuple):
@@ -36,28 +34,6 @@ class Placed(NamedTuple):
     names: list[str]  # what of the state is a DTensor
     split: int | None  # see pieces.py; None for what is not split, and no piece
     origin: Origin
-
-
-class Kept(NamedTuple):
-    """A tensor of a member's state as it was."""
-
-    name: str
-    tensor: Tensor
-    dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...]
-
-
-class Looks(NamedTuple):
-    """How parameter and gradient were."""
-
-    type: type
-    device_index: int
-    dtype: torch.dtype
-    grad_dtype: torch.dtype
-    shape: torch.Size
-    stride: tuple[int, ...] | None  # None where all is contiguous, which is quicker to ask for
-    grad_stride: tuple[int, ...]
 
 
 class Span(NamedTuple):
@@ -76,28 +52,22 @@ class Member:
     position: int  # counted over all groups
     of: ShapeClass  # of the parameter as kernels see it
     planned: Planned
-    looks: Looks
-    rows: Kept  # or all elements
-    columns: Kept | None
-    exp_avg: Kept | None
-    rms: Tensor
+    kept: dict[str, Tensor]  # what kernels touch of its state
     update_rms: Tensor
-    update_rms_at: int
     spans: tuple[Span, ...]
     written: list[Tensor]
-    looked_at: list[list[int]]  # addresses whose storages were looked at, the last ones
+    looked_at: list[Sequence[int]]  # addresses whose storages were looked at, the last ones
 
 
 def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed | None = None) -> Member:
     """An entry whose gradient and state were checked; of this rank's pieces, where they are `placed`."""
     position, p, g, state, group = entry
-    names = {ROW: "exp_avg_sq_row", COL: "exp_avg_sq_col"} if of.factored else {ROW: "exp_avg_sq"}
-    names |= ({} if of.momentum is None else {EXP_AVG: "exp_avg"}) | {RMS: "RMS"}
-    kept = {at: Kept(name, x, x.dtype, x.shape, x.stride()) for at, name in names.items() for x in (state[name],)}
-    spans = [Span(P, bytes_of(p.shape, p.stride(), p.dtype), p), Span(G, bytes_of(g.shape, g.stride(), g.dtype), None)]
-    spans += [Span(at, bytes_of(x.shape, x.stride, x.dtype), x.tensor) for at, x in kept.items()]
-    written = [p, *(x.tensor for x in kept.values()), update_rms]
-    contiguous = p.is_contiguous() and g.is_contiguous()
+    columns = {ROW: "exp_avg_sq_row", COL: "exp_avg_sq_col"} if of.factored else {ROW: "exp_avg_sq"}
+    columns |= ({} if of.momentum is None else {EXP_AVG: "exp_avg"}) | {RMS: "RMS"}
+    spans = [Span(P, _bytes(p), p), Span(G, _bytes(g), None)]
+    spans += [Span(at, _bytes(state[name]), state[name]) for at, name in columns.items()]
+    kept = {name: state[name] for name in columns.values()}
+    written = [p, *kept.values(), update_rms]
     return Member(
         param=p if placed is None else placed.param,
         placed=placed,
@@ -105,17 +75,16 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
         position=position,
         of=of,
         planned=planned(of, None if placed is None else placed.split),
-        looks=Looks(type(p), p.get_device(), p.dtype, g.dtype, p.shape, None if contiguous else p.stride(), g.stride()),
-        rows=kept[ROW],
-        columns=kept.get(COL),
-        exp_avg=kept.get(EXP_AVG),
-        rms=state["RMS"],
+        kept=kept,
         update_rms=update_rms,
-        update_rms_at=update_rms.data_ptr(),
         spans=tuple(span for span in spans if span.size > 0),
         written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version
         looked_at=[],
     )
+
+
+def _bytes(x: Tensor) -> int:
+    return bytes_of(x.shape, x.stride(), x.dtype)
 
 
 def bytes_of(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) -> int:
@@ -125,69 +94,26 @@ def bytes_of(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) ->
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
 
 
-def addresses_in(x: Member, p: Tensor, g: Tensor, state: State) -> tuple[int, ...] | None:
-    """Where the tensors of a member lie, all but its numbers; None where anything is not as it was, or has no memory."""
-    kind, index, dtype, grad_dtype, shape, stride, grad_stride = x.looks
-    if (
-        type(g) is not Tensor
-        or type(p) is not kind
-        or g.layout is not STRIDED
-        or p.dtype is not dtype
-        or g.dtype is not grad_dtype
-        or p.shape != shape
-        or g.shape != shape
-        or p.get_device() != index
-        or g.get_device() != index
-        or g.is_neg()
-        or p.is_neg()
-    ):
-        return None
-    if stride is None:
-        if not (p.is_contiguous() and g.is_contiguous()):
-            return None
-    elif p.stride() != stride or g.stride() != grad_stride:
-        return None
-    rms, rows, columns, momentum = x.rms, x.rows, x.columns, x.exp_avg
-    if state.get("RMS") is not rms or rms.dtype is not rows.dtype or rms.dim() or rms.get_device() != index:
-        return None
-    row = col = exp_avg = _address_of(rows, state, index)
-    if columns is not None:
-        col = _address_of(columns, state, index)
-    if momentum is not None:
-        exp_avg = _address_of(momentum, state, index)
-    param, grad, of_rms = p.data_ptr(), g.data_ptr(), rms.data_ptr()
-    there = param and grad and row > 0 and col > 0 and exp_avg > 0
-    if of_rms and (there or (not p.numel() and row >= 0 and col >= 0 and exp_avg >= 0)):  # a piece may be empty
-        return param, grad, row, col, exp_avg, of_rms, x.update_rms_at
-    return None
+def of_this_rank(
+    members: Sequence[Member], params: list[Tensor], grads: list[Tensor], states: list[State]
+) -> tuple[list[Tensor], list[Tensor], list[State]]:
+    """The same lists; of what is placed, the pieces of this rank.
+
+    Raises:
+        LookupError: one is not placed as it was.
+    """
+    params, grads, states = params[:], grads[:], states[:]
+    for i, x in enumerate(members):
+        if x.placed is not None:
+            wholes = [params[i], grads[i], *(states[i][name] for name in x.placed.names)]
+            params[i], grads[i], *of_state = _pieces(x.placed, wholes)
+            states[i] = {**states[i], **dict(zip(x.placed.names, of_state, strict=True))}
+    return params, grads, states
 
 
-def of_this_rank(x: Placed, p: Tensor, g: Tensor, state: State) -> tuple[Tensor, Tensor, State] | None:
-    """The piece of a parameter, of its gradient and its state; None where they are not placed as they were."""
-    if type(p) is not DTensor or type(g) is not DTensor or p.device_mesh is not x.mesh or g.device_mesh is not x.mesh:
-        return None
-    if p.placements != x.placements or g.placements != x.placements:
-        return None
-    state = state.copy()
-    for name in x.names:
-        whole = state.get(name)
-        if type(whole) is not DTensor:
-            return None
-        state[name] = whole.to_local()
-    piece = p.to_local()
-    return None if piece.data_ptr() != x.address else (piece, g.to_local(), state)
-
-
-def _address_of(x: Kept, state: State, index: int) -> int:
-    """-1 where it is not as it was."""
-    name, tensor, dtype, shape, stride = x
-    if (
-        state.get(name) is not tensor
-        or tensor.dtype is not dtype
-        or tensor.shape != shape
-        or tensor.stride() != stride
-        or tensor.get_device() != index
-    ):
-        return -1
-    address: int = tensor.data_ptr()
-    return address
+def _pieces(x: Placed, wholes: list[Any]) -> list[Tensor]:
+    p, g, *_ = wholes
+    alike = all(type(whole) is DTensor for whole in wholes) and p.device_mesh is x.mesh and g.device_mesh is x.mesh
+    if not alike or p.placements != x.placements or g.placements != x.placements or address_of(p) != x.address:
+        raise LookupError("another placement")
+    return [whole.to_local() for whole in wholes]

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.launches import Launch, kernels_of, launches_of, planned
-from adafactor_compiled._fused.members import addresses_in, member_of
+from adafactor_compiled._fused.members import member_of
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import group_by_key
@@ -109,13 +109,9 @@ def _stepped_by_kernels(entries: list[Entry], classes: list[ShapeClass], numbers
     update_rms = torch.zeros(len(chosen), dtype=numbers.dtype, device=numbers.device).unbind()
     members = [member_of(x, classes[x.position], to) for x, to in zip(chosen, update_rms, strict=True)]
     table = Table(members, _launches_of(tuple(x.of for x in members), unaligned))
-    addresses: list[int] = []
-    for member, x in zip(members, chosen, strict=True):
-        found = addresses_in(member, x.param, x.grad, x.state)
-        if found is None:
-            return set()
-        addresses += (*found, x.position)
-    if table.conflicts(addresses, [x.grad for x in chosen]):
+    params, grads = [x.param for x in chosen], [x.grad for x in chosen]
+    addresses = table.addresses_of(table.tensors(params, grads, [x.state for x in chosen]), positions)
+    if table.conflicts(addresses, grads):
         return set()
     of_draws = {} if draws is None else {i: draws[position] for i, position in enumerate(positions)}
     table.run(Found(addresses, {(numbers.device, numbers.dtype): numbers}, of_draws))

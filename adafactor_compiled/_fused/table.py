@@ -6,6 +6,7 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from operator import itemgetter
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from torch import Tensor
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES, Launch
 from adafactor_compiled._fused.members import Member
-from adafactor_compiled._fused.pieces import NUMBERS, STEP, G, Piece
+from adafactor_compiled._fused.pieces import COL, EXP_AVG, NUMBERS, RMS, ROW, STEP, UPDATE_RMS, G, P, Piece
 from adafactor_compiled._state.layout import compute_dtype
+from adafactor_compiled._state.moments import State
 from adafactor_compiled._update.numbers import Numbers, to_device
 
 Kind = tuple[torch.device, torch.dtype]
@@ -24,7 +26,7 @@ Kind = tuple[torch.device, torch.dtype]
 class Found:
     """What a step finds anew of the members of a table."""
 
-    addresses: list[int]  # `ADDRESSES` of each
+    addresses: array[int]  # `ADDRESSES` of each
     numbers: array[float] | Mapping[Kind, Tensor]  # rows, or those of devices and dtypes
     draws: Mapping[int, Tensor]  # of members that are rounded stochastically
     sent: dict[Kind, Tensor] = field(default_factory=dict)
@@ -48,16 +50,49 @@ class Table:
         self.members, self.launches = members, launches
         self._written = [tensor for x in members for tensor in x.written]
         self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
+        self.kept = [tensor for x in members for tensor in x.kept.values()]
+        self._kept_of = [itemgetter(*x.kept) for x in members]
+        self._update_rms_at = [x.update_rms.data_ptr() for x in members]
+        self._columns = _columns_of(members)
         self.sharded = [x.position for x in members if x.placed is not None]  # positions in the optimizer
         self._buffers: list[Tensor] = []  # where pieces have their sums
         self.done: list[int] = []  # members that the present run has stepped
-        self._last: list[int] = []  # addresses of memory that was looked at
+        self._last = array("q")  # addresses of memory that was looked at
         of_spans = [(i, *span) for i, x in enumerate(members) for span in x.spans]
         self._spans = [(i * ADDRESSES + column, size, tensor is not None, i) for i, column, size, tensor in of_spans]
         self._grads = [(i, size) for _, size, written, i in self._spans if not written]
         self._apart: tuple[list[int], list[int]] = [], []  # where memory that is written begins and ends, in order, as of then
 
-    def conflicts(self, addresses: list[int], grads: Sequence[Tensor]) -> set[int]:
+    def tensors(self, params: list[Tensor], grads: list[Tensor], states: Sequence[State]) -> list[Tensor]:
+        """All that kernels touch: the parameters of all members, their gradients, then `kept` of their states.
+
+        Raises:
+            KeyError: a state lacks something.
+        """
+        return params + grads + [x for kept_of, state in zip(self._kept_of, states, strict=True) for x in kept_of(state)]
+
+    def addresses_of(self, tensors: list[Tensor], rows: Sequence[int]) -> array[int]:
+        """`ADDRESSES` of each member, whose tensors are as they were, and whose numbers stand in these rows.
+
+        Raises:
+            RuntimeError: memory was given back.
+        """
+        found = list(map(Tensor.data_ptr, tensors))
+        if 0 in found:
+            self._check_memory(tensors)
+        addresses = array("q", self._columns(found + self._update_rms_at))
+        addresses[NUMBERS::ADDRESSES] = array("q", rows)
+        return addresses
+
+    def _check_memory(self, tensors: Sequence[Tensor]) -> None:
+        """Raise RuntimeError where a tensor that has elements has no memory."""
+        members = self.members
+        owners = [*members, *members, *(x for x in members for _ in x.kept)]
+        for x, tensor in zip(owners, tensors, strict=True):
+            if tensor.numel() and not tensor.data_ptr():
+                raise _without_memory(x)
+
+    def conflicts(self, addresses: array[int], grads: Sequence[Tensor]) -> set[int]:
         """The members that write to memory which another tensor of the step has too: kernels would race in it.
 
         Gradients may share memory: they are only read. Nothing is looked at again where all lies as it did before.
@@ -77,14 +112,14 @@ class Table:
             self._last, self._apart = addresses, ([x[0] for x in written_ones], [x[1] for x in written_ones])
         return found
 
-    def _have_only_gradients_moved(self, addresses: list[int]) -> bool:
+    def _have_only_gradients_moved(self, addresses: array[int]) -> bool:
         """As they do in training, from step to step."""
         before = self._last[:]
         for column in (G, NUMBERS) if before else ():
             before[column::ADDRESSES] = addresses[column::ADDRESSES]
         return before == addresses
 
-    def _are_apart(self, addresses: list[int], grads: Sequence[Tensor]) -> bool:
+    def _are_apart(self, addresses: array[int], grads: Sequence[Tensor]) -> bool:
         """Whether gradients that have moved have memory, and it is none that is written."""
         starts, ends = self._apart
         for i, size in self._grads:
@@ -108,20 +143,19 @@ class Table:
 
     def call(self, call: int, found: Found) -> None:
         """What comes before the step of pieces: writes nothing but their sums."""
-        table = array("q", found.addresses)
         for launch in self.launches:
-            self._run(launch, table, found, call)
+            self._run(launch, found, call)
 
     def run(self, found: Found) -> set[int]:
         """Step all members, where there are no conflicts; gives those that kernels skipped."""
-        table, self.done = array("q", found.addresses), []
+        self.done = []
         skipped: set[int] = set()
         try:
             for launch in self.launches:
                 positions = launch.positions
                 launch.ran = False
                 try:
-                    flags = self._run(launch, table, found, STEP)
+                    flags = self._run(launch, found, STEP)
                 finally:
                     self.done += positions if launch.ran else []
                 if flags is not None and any(flags):
@@ -132,11 +166,24 @@ class Table:
             torch.autograd.graph.increment_version(written)
         return skipped
 
-    def _run(self, launch: Launch, table: array[int], found: Found, call: int) -> array[int] | None:
+    def _run(self, launch: Launch, found: Found, call: int) -> array[int] | None:
         of, positions = launch.kernels, launch.positions
-        addresses = table if self._in_order else _chosen(table, positions)
+        addresses = found.addresses if self._in_order else _chosen(found.addresses, positions)
         draws = torch.stack([found.draws[i] for i in positions]) if of.rounding else None
         return launch.run(addresses, found.numbers_of(launch.shape_class.device, compute_dtype(of.dtype)), draws, call)
+
+
+def _columns_of(members: Sequence[Member]) -> Callable[[list[int]], tuple[int, ...]]:
+    """The columns of each member from addresses of all parameters, all gradients, what is kept of each, and RMS of updates."""
+    count, at, chosen = len(members), 2 * len(members), []
+    of_updates = at + sum(len(x.kept) for x in members)
+    for i, x in enumerate(members):
+        kept = dict(zip(x.kept, range(at, of_updates), strict=False))
+        row, at = at, at + len(kept)
+        columns = {P: i, G: count + i, ROW: row, COL: kept.get("exp_avg_sq_col", row), EXP_AVG: kept.get("exp_avg", row)}
+        columns |= {RMS: kept["RMS"], UPDATE_RMS: of_updates + i, NUMBERS: i}  # the last to be put in
+        chosen += [columns[column] for column in range(ADDRESSES)]
+    return itemgetter(*chosen)
 
 
 def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
@@ -146,14 +193,18 @@ def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
     return chosen
 
 
-def _check_storages(x: Member, grad: Tensor, addresses: list[int]) -> None:
+def _check_storages(x: Member, grad: Tensor, addresses: Sequence[int]) -> None:
     """Raise RuntimeError where memory of a member, as far as it lies elsewhere than before, is in no storage any more."""
     last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
     for column, size, tensor in x.spans:
         if addresses[column] != last[column] and not _is_there(grad if tensor is None else tensor, size):
-            of = f"parameter {x.position} (shape {tuple(x.param.shape)})"
-            raise RuntimeError(f"{of}, its gradient or its state has no memory; nothing was stepped")
+            raise _without_memory(x)
     x.looked_at[:] = [addresses]
+
+
+def _without_memory(x: Member) -> RuntimeError:
+    of = f"parameter {x.position} (shape {tuple(x.param.shape)})"
+    return RuntimeError(f"{of}, its gradient or its state has no memory; nothing was stepped")
 
 
 def _is_there(x: Tensor, size: int) -> bool:

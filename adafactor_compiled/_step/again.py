@@ -1,25 +1,28 @@
 """The same step again: where kernels step all of it, and nothing that its plan depends on has changed but the gradients.
 
-One loop looks at every tensor and reads where it lies. Whatever is not as it was, the step is planned anew, which takes longer.
+Every tensor is looked at, and where it lies. Whatever is not as it was, the step is planned anew, which takes longer.
 """
 
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._fused.launches import ADDRESSES, launches_of, skips_by_itself
-from adafactor_compiled._fused.members import Member, addresses_in, of_this_rank
+from adafactor_compiled._fused.launches import launches_of, skips_by_itself
+from adafactor_compiled._fused.members import Member, of_this_rank
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchanges import Exchanges
 from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._sharded.step import step as step_shared
 from adafactor_compiled._state.entries import Entry
+from adafactor_compiled._state.guard import Guard, are_same
+from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._state.placements import Origin
@@ -28,140 +31,197 @@ from adafactor_compiled._step.fused import makes_fakes
 from adafactor_compiled._step.plan import Plan, options_of
 from adafactor_compiled._step.ranges import range_of
 from adafactor_compiled._step.record import Record
-from adafactor_compiled._update.numbers import plain_numbers
+from adafactor_compiled._update.numbers import Numbers, plain_numbers
 from adafactor_compiled._update.rounding import draws_of_entries
 
-LAST = 8  # tables that are kept: of experts and layers that take turns
+LAST = 8  # sets of members that are kept: of experts and layers that take turns
+
+
+class Together(NamedTuple):
+    """Members that step together."""
+
+    table: Table
+    guard: Guard  # of the table's tensors
+    groups: list[tuple[Group, list[int]]]  # and which of the members are theirs
+
+    @classmethod
+    def of(cls, table: Table, tensors: Sequence[Tensor]) -> Together:
+        groups = [x.group for x in table.members]
+        return cls(table, Guard(tensors), [(groups[chosen[0]], chosen) for chosen in group_by_key(map(id, groups)).values()])
+
+
+@dataclass(slots=True)
+class Known:
+    """What was learnt of the parameters of some groups."""
+
+    groups: list[Group]
+    options: list[tuple[Any, ...]]
+    params: list[Tensor]  # also those without a gradient
+    members: dict[int, tuple[Member, Guard]] = field(default_factory=dict)  # by position
+    together: dict[tuple[int, ...], Together] = field(default_factory=dict)  # by positions, the last ones last
+
+    @classmethod
+    def of(cls, groups: Sequence[Group]) -> Known:
+        return cls([*groups], [options_of(group) for group in groups], _params_of(groups))
+
+    def is_of(self, groups: Sequence[Group]) -> bool:
+        """Whether these are the groups, as they were."""
+        same = are_same(groups, self.groups) and are_same(_params_of(groups), self.params)
+        return same and [options_of(group) for group in groups] == self.options
+
+    def add(self, together: Together) -> Together:
+        self.together[tuple(x.position for x in together.table.members)] = together
+        if len(self.together) > LAST:
+            del self.together[next(iter(self.together))]
+        return together
+
+
+def _params_of(groups: Sequence[Group]) -> list[Tensor]:
+    return [p for group in groups for p in group["params"]]
 
 
 class Again:
-    """Of one optimizer: all members that it has stepped, and the tables of those that stepped together."""
+    """Of one optimizer: all members that it has stepped, and those that stepped together."""
 
     def __init__(self) -> None:
-        self._members: dict[int, Member] = {}  # by the id of the parameter
-        self._options: dict[int, tuple[Any, ...]] = {}  # by the id of the group, when its members were looked at
-        self._table: Table | None = None
-        self._tables: dict[tuple[int, ...], Table] = {}  # by the ids of the members, the last ones last
+        self._known: Known | None = None
         self._exchanges: Exchanges = ()
-        self._count = 0  # of parameters, with those that have no gradient
 
     def learn(self, plan: Plan, entries: Sequence[Entry], groups: Sequence[Group], exchanges: Exchanges) -> None:
         """Know the members of a plan, if all that it steps can be stepped so; and forget what has left its group."""
+        known, self._known = self._known, None
         if plan.table is None or len(plan.fused) < len(entries) or plan.update_rms[0].is_inference():
-            return self.forget()
-        self._let_go(groups)
-        for entry in entries:
-            group = entry.group
-            plain = not group["capturable"] and (group["relative_step"] or not isinstance(group["lr"], Tensor))
-            if not plain or (group["nonfinite"] == "skip" and not skips_by_itself(entry.param.device)) or "get_lr" in group:
-                return self.forget()
-            if self._options.setdefault(id(group), options_of(group)) != options_of(group):
-                return self.forget()
-        self._members |= {id(member.param): member for member in plan.table.members}
-        self._table, self._tables, self._exchanges = plan.table, {}, exchanges
-        self._count = sum(len(group["params"]) for group in groups)
-
-    def _let_go(self, groups: Sequence[Group]) -> None:
-        """Keep nothing alive that has left its group."""
-        present = {id(p) for group in groups for p in group["params"]}
-        if not self._members.keys() <= present:
-            self.forget()
-
-    def forget(self) -> None:
-        self._members, self._options, self._table, self._tables, self._exchanges = {}, {}, None, {}, ()
+            return
+        for _, p, _, _, group in entries:
+            skips = group["nonfinite"] == "skip" and not skips_by_itself(p.device)
+            if group["capturable"] or _needs_tensors(group) or skips or "get_lr" in group:
+                return
+        if known is None or not known.is_of(groups):
+            known = Known.of(groups)
+        table, params, grads = plan.table, [x.param for x in entries], [x.grad for x in entries]
+        try:
+            local = of_this_rank(table.members, params, grads, [x.state for x in entries])
+        except LookupError:  # a gradient that is placed otherwise
+            return
+        for member, p, g, _ in zip(table.members, *local, strict=True):
+            known.members[member.position] = member, Guard([p, g, *member.kept.values()])
+        known.together = {}  # members of other plans, which may have been of another state
+        known.add(Together.of(table, table.tensors(*local)))
+        self._known, self._exchanges = known, exchanges
 
     def step(self, optimizer: Optimizer) -> Record | None:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
-        if self._table is None:
+        known, exchanges = self._known, self._exchanges
+        if known is None or makes_fakes() or not known.is_of(optimizer.param_groups):
             return None
-        if makes_fakes():
+        seen = _seen(known, optimizer.state)
+        if seen is None or seen.together.table.conflicts(seen.addresses, seen.grads):
             return None
-        known, states_of = self._members, optimizer.state
-        chosen: list[Member] = []
-        grads: list[Tensor] = []
-        states: list[State] = []
-        addresses: list[int] = []
-        counts: list[int] = []
-        rows: list[tuple[Any, ...]] = []
-        skips, position, exchanges = False, -1, self._exchanges
-        for group in optimizer.param_groups:
-            skips, row, last = skips or group["nonfinite"] == "skip", -1, None
-            for p in group["params"]:
-                g, position = p.grad, position + 1
-                if g is None:
-                    continue
-                if last is None and (self._options.get(id(group)) != options_of(group) or _needs_tensors(group)):
-                    return None
-                member, state = known.get(id(p)), states_of.get(p)
-                if member is None or member.param is not p or member.group is not group or member.position != position:
-                    return None
-                if state is None:
-                    return None
-                count, local, of_rank = state.get("step"), (p, g, state), member.placed
-                if of_rank is not None:
-                    here = of_this_rank(of_rank, p, g, state)
-                    if here is None:
-                        return None
-                    local = here
-                found = addresses_in(member, *local)
-                if found is None or type(count) is not int:
-                    return None
-                if count != last:
-                    row, last = len(rows), count
-                    rows.append(plain_numbers(group, count + 1))
-                addresses += found
-                addresses.append(row)
-                chosen.append(member)
-                grads.append(local[1])
-                states.append(state)
-                counts.append(count)
-        if not chosen or position + 1 != self._count:
-            return None
-        table = self._table
-        if chosen != table.members:
-            table = self._table = self._table_of(chosen, addresses)
-        if table.conflicts(addresses, grads):
-            return None
-        numbers = array("d", [x for of_row in rows for x in of_row])
-        table.done = []
+        (table, _, groups), grads, states, rows, addresses = seen
+        members, table.done = table.members, []
         try:
             for state in states:
                 state["step"] += 1
-            with range_of(chosen[0].of, len(chosen), "fused"):
-                launched = Launched(table, Found(addresses, numbers, _draws_of(chosen, grads, states)))
-                kept = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
+            numbers = array("d", [x for of_row in rows.numbers for x in of_row])
+            launched = Launched(table, Found(addresses, numbers, _draws_of(members, grads, states)))
+            with range_of(members[0].of, len(members), "fused"):
+                skipping = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
         except BaseException as error:
-            for i in set(range(len(chosen))) - set(table.done):
-                states[i]["step"] = counts[i]
-            note(error, [chosen[i].position for i in table.done], len(chosen))
+            for i in set(range(len(members))) - set(table.done):
+                states[i]["step"] = rows.counts[i]
+            note(error, [members[i].position for i in table.done], len(members))
             raise
-        skipped: list[Tensor | None] = [None] * len(chosen)
-        for i, member in enumerate(chosen) if skips else ():
-            if member.group["nonfinite"] == "skip":
-                skipped[i] = torch.tensor(i in kept, device="cpu")
-        for i in kept:
-            states[i]["step"] = counts[i]
-        if len(chosen) < len(self._members):
-            self._let_go(optimizer.param_groups)
-        tables = [rows[i] for i in addresses[ADDRESSES - 1 :: ADDRESSES]]
-        return Record([x.param for x in chosen], tables, [x.rms for x in chosen], [x.update_rms for x in chosen], skipped)
+        for i in skipping:
+            states[i]["step"] = rows.counts[i]
+        skipped: list[Tensor | None] = [None] * len(members)
+        for group, of_group in groups:
+            for i in of_group if group["nonfinite"] == "skip" else ():
+                skipped[i] = torch.tensor(i in skipping, device="cpu")
+        tables, rms = [rows.numbers[i] for i in rows.of_members], [x.kept["RMS"] for x in members]
+        return Record([x.param for x in members], tables, rms, [x.update_rms for x in members], skipped)
 
-    def _table_of(self, members: list[Member], addresses: list[int]) -> Table:
-        """The last one of these members, or a new one."""
-        key = tuple(map(id, members))
-        table = self._tables.pop(key, None) or Table(members, launches_of([x.planned for x in members], _unaligned(addresses)))
-        self._tables[key] = table
-        if len(self._tables) > LAST:
-            del self._tables[next(iter(self._tables))]
-        return table
+
+class Rows(NamedTuple):
+    """The numbers of a step: a row for each group and step count, and which row each member has."""
+
+    counts: list[int]  # of steps before this one
+    of_members: list[int]
+    numbers: list[Numbers]
+
+
+class Seen(NamedTuple):
+    """Members that are as they were, with what a step finds anew."""
+
+    together: Together
+    grads: list[Tensor]  # of this rank
+    states: list[State]
+    rows: Rows
+    addresses: array[int]
+
+
+def _seen(known: Known, states_of: Mapping[Tensor, State]) -> Seen | None:
+    """What is to be stepped, all of it looked at; None where something is not as it was."""
+    of_all = [p.grad for p in known.params]
+    positions = [i for i, g in enumerate(of_all) if g is not None]
+    params, grads = [known.params[i] for i in positions], [g for g in of_all if g is not None]
+    states = [states_of.get(p, {}) for p in params]
+    try:
+        together = known.together.get(tuple(positions)) or _together_anew(known, positions, params, grads, states)
+        rows = None if together is None else _rows_of(together, states)
+        if together is None or rows is None:
+            return None
+        table, local = together.table, (params, grads, states)
+        tensors = table.tensors(*(of_this_rank(table.members, *local) if table.sharded else local))
+    except LookupError:  # a state lacks something, or a piece is placed otherwise
+        return None
+    count = len(positions)
+    if not are_same(tensors[2 * count :], table.kept) or not together.guard.holds(tensors):
+        return None
+    return Seen(together, tensors[count : 2 * count], states, rows, table.addresses_of(tensors, rows.of_members))
+
+
+def _together_anew(
+    known: Known, positions: list[int], params: list[Tensor], grads: list[Tensor], states: list[State]
+) -> Together | None:
+    """Members that have not stepped together yet; None where one is not known, or not as it was.
+
+    Raises:
+        LookupError: a state lacks something, or a piece is placed otherwise.
+    """
+    found = [known.members[i] for i in positions if i in known.members]
+    if not found or len(found) < len(positions):
+        return None
+    members = [member for member, _ in found]
+    local = of_this_rank(members, params, grads, states)
+    for (member, guard), p, g, state in zip(found, *local, strict=True):
+        if not guard.holds([p, g, *(state[name] for name in member.kept)]):
+            return None
+    unaligned = {i for i, (p, g) in enumerate(zip(*local[:2], strict=True)) if (p.data_ptr() | g.data_ptr()) % 16}
+    table = Table(members, launches_of([x.planned for x in members], unaligned))
+    return known.add(Together.of(table, table.tensors(*local)))
+
+
+def _rows_of(together: Together, states: Sequence[State]) -> Rows | None:
+    """None where numbers are in tensors, which may not be read.
+
+    Raises:
+        LookupError: a state has no step count.
+    """
+    counts = [state["step"] for state in states]
+    if any(type(count) is not int for count in counts) or any(_needs_tensors(group) for group, _ in together.groups):
+        return None
+    rows = Rows(counts, [0] * len(counts), [])
+    for group, chosen in together.groups:
+        of_count: dict[int, int] = {}
+        for i in chosen:
+            row = rows.of_members[i] = of_count.setdefault(counts[i], len(rows.numbers))
+            if row == len(rows.numbers):
+                rows.numbers.append(plain_numbers(group, counts[i] + 1))
+    return rows
 
 
 def _needs_tensors(group: Group) -> bool:
     return isinstance(group["lr"], Tensor) and not group["relative_step"]
-
-
-def _unaligned(addresses: Sequence[int]) -> set[int]:
-    return {i // ADDRESSES for i in range(0, len(addresses), ADDRESSES) if (addresses[i] | addresses[i + 1]) % 16}
 
 
 def _draws_of(members: Sequence[Member], grads: Sequence[Tensor], states: Sequence[State]) -> dict[int, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -9,7 +10,8 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.launches import ADDRESSES
-from adafactor_compiled._fused.members import addresses_in, bytes_of
+from adafactor_compiled._fused.members import bytes_of
+from adafactor_compiled._fused.pieces import NUMBERS
 from adafactor_compiled._fused.table import Found, overlapping
 from adafactor_compiled._sharded.members import localized
 from adafactor_compiled._sharded.step import Launched
@@ -26,7 +28,7 @@ def makes_fakes() -> bool:
 
 
 class Gathered(NamedTuple):
-    addresses: list[int]  # of the members of a plan's table, rows of numbers yet to be said
+    addresses: array[int] | None  # of the members of a plan's table, rows of numbers yet to be said
     shared: set[int]  # positions of entries that share memory which is written, and cannot step together
 
 
@@ -38,21 +40,13 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
     """
     table, shared = plan.table, _sharing(plan, entries)
     if table is None:
-        return Gathered([], shared)
+        return Gathered(None, shared)
     if makes_fakes():
         raise RuntimeError("parameters that have memory cannot step in a mode that makes fake tensors; nothing was stepped")
-    addresses: list[int] = []
-    grads: list[Tensor] = []
-    for i, member in zip(plan.fused, table.members, strict=True):
-        entry = entries[i] if member.placed is None else localized(entries[i])
-        grads.append(entry.grad)
-        found = addresses_in(member, entry.param, entry.grad, entry.state)
-        if found is None:
-            raise RuntimeError(
-                f"parameter {entry.position} (shape {tuple(entry.param.shape)}), its gradient or its state has no memory; "
-                "nothing was stepped"
-            )
-        addresses += (*found, 0)
+    chosen = [entries[i] if x.placed is None else localized(entries[i]) for i, x in zip(plan.fused, table.members, strict=True)]
+    grads = [x.grad for x in chosen]
+    tensors = table.tensors([x.param for x in chosen], grads, [x.state for x in chosen])
+    addresses = table.addresses_of(tensors, [0] * len(chosen))
     shared |= {plan.fused[j] for j in table.conflicts(addresses, grads)}
     return Gathered(addresses, shared)
 
@@ -72,7 +66,7 @@ def _sharing(plan: Plan, entries: Sequence[Entry]) -> set[int]:
     return overlapping(sorted(spans))
 
 
-def launched_of(plan: Plan, addresses: list[int], inputs: Inputs) -> Launched:
+def launched_of(plan: Plan, addresses: array[int], inputs: Inputs) -> Launched:
     """The members of a plan's table, with what a step finds of them.
 
     Args:
@@ -83,13 +77,13 @@ def launched_of(plan: Plan, addresses: list[int], inputs: Inputs) -> Launched:
     table = plan.table
     assert table is not None
     addresses, rows, unique = addresses[:], {}, {}  # type: ignore[var-annotated]
-    for j, i in enumerate(plan.fused):
-        of, numbers = table.members[j].of, inputs.tables[i]
-        kind = of.device, numbers.dtype
+    for i, member in zip(plan.fused, table.members, strict=True):
+        numbers = inputs.tables[i]
         if id(numbers) not in rows:
-            unique.setdefault(kind, []).append(numbers)
-            rows[id(numbers)] = len(unique[kind]) - 1
-        addresses[(j + 1) * ADDRESSES - 1] = rows[id(numbers)]
+            of_kind = unique.setdefault((member.of.device, numbers.dtype), [])
+            rows[id(numbers)] = len(of_kind)
+            of_kind.append(numbers)
+    addresses[NUMBERS::ADDRESSES] = array("q", [rows[id(inputs.tables[i])] for i in plan.fused])
     stacked = {kind: torch.stack(numbers) for kind, numbers in unique.items()}
     draws = {j: inputs.draws[i] for j, i in enumerate(plan.fused) if i in inputs.draws}
     return Launched(table, Found(addresses, stacked, draws))

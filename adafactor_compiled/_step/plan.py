@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor.placement_types import Placement
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.calls import Call, calls_of, view_of
@@ -17,14 +16,13 @@ from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
 from adafactor_compiled._sharded.members import localized, placed_of
 from adafactor_compiled._state.entries import Entry, path_of
+from adafactor_compiled._state.guard import Guard, are_same
 from adafactor_compiled._state.layout import group_by_key
-from adafactor_compiled._state.moments import State, check, complete, factored_dims, is_left_by_inference
+from adafactor_compiled._state.moments import check, complete, factored_dims, is_left_by_inference, own_tensors
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import address_of, check_gradient_placements
 from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
 from adafactor_compiled._state.views import is_moved, with_dims_last
-
-STRIDED = torch.strided
 
 
 class Part(NamedTuple):
@@ -36,7 +34,7 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    made_for: list[Described]
+    looked_at: Looked | None  # None inside of an outer graph
     parts: list[Part]
     fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
     table: Table | None
@@ -86,19 +84,22 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
             classes[i] = "multi_tensor", of  # others take factors that lie as their parameter
     inline = torch.compiler.is_compiling()
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
-    launched = [i for i, (path, of) in enumerate(classes) if path == "fused" and kernels_of(of) is not None]
-    members = [] if inline else [member_of(entries[i], classes[i][1], update_rms[i]) for i in launched]
-    for i in () if inline or not fused else range(len(entries)):
-        wanted = classes[i][0] == "sharded" and i not in moved and i not in apart
-        piece = _piece_of(entries[i], update_rms[i]) if wanted else None
-        if piece is not None:
-            classes[i] = "fused", piece.of
+    launched, members = [], []
+    for i, (path, of) in enumerate(classes):
+        member = None
+        if path == "fused" and kernels_of(of) is not None:
             launched.append(i)
-            members.append(piece)
+            member = None if inline else member_of(entries[i], of, update_rms[i])
+        elif path == "sharded" and fused and not inline and i not in moved and i not in apart:
+            member = _piece_of(entries[i], update_rms[i])
+            if member is not None:
+                launched.append(i)
+                classes[i] = "fused", member.of
+        members += [] if member is None else [member]
     called = [] if inline else [i for i, (path, of) in enumerate(classes) if path == "compiled" and view_of(of) is not None]
     sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
     return Plan(
-        [] if inline else [_described(entry, i in launched) for i, entry in enumerate(entries)],
+        None if inline or not entries else Looked(_facts_of(entries), _kept_of(entries), Guard(_tensors_of(entries))),
         _parts_of(classes, range(len(entries))),
         launched,
         None if not members else _table_of(members, [entries[i] for i in launched]),
@@ -142,43 +143,6 @@ def _is_unaligned(entry: Entry) -> bool:
     return (entry.param.data_ptr() | entry.grad.data_ptr()) % 16 > 0
 
 
-class Described(NamedTuple):
-    """All that a plan depends on of an entry; what it says of its state is that these are the tensors that were checked."""
-
-    group: int
-    options: tuple[Any, ...]
-    dtype: torch.dtype
-    device: torch.device
-    shape: torch.Size
-    stride: tuple[int, ...]
-    grad_type: type
-    grad_dtype: torch.dtype
-    grad_stride: tuple[int, ...]
-    state: list[tuple[Any, Layout | None]]  # layouts for kernels that only know addresses; graphs have guards
-    piece: Piece | None  # of a DTensor
-
-
-Layout = tuple[torch.dtype, torch.device, torch.Size, tuple[int, ...]]
-Piece = tuple[tuple[Placement, ...], Layout, int]  # how a parameter is placed, and where the piece of this rank lies
-
-
-def _described(entry: Entry, launched: bool) -> Described:
-    _, p, g, state, group = entry
-    of_param, of_grad = (p.dtype, p.device, p.shape, p.stride()), (type(g), g.dtype, g.stride())
-    of_state = [(x, _layout_of(x) if launched and isinstance(x, Tensor) else None) for x in state.values()]
-    return Described(id(group), options_of(group), *of_param, *of_grad, of_state, _piece(p))
-
-
-def _piece(p: Tensor) -> Piece | None:
-    if not isinstance(p, DTensor):
-        return None
-    return tuple(p.placements), _layout_of(p.to_local()), address_of(p)
-
-
-def _layout_of(x: Tensor) -> Layout:
-    return x.dtype, x.device, x.shape, x.stride()
-
-
 def options_of(group: Group) -> tuple[Any, ...]:
     names = (
         "foreach",
@@ -194,45 +158,43 @@ def options_of(group: Group) -> tuple[Any, ...]:
     return group["beta1"] is None, *(group[name] for name in names)
 
 
+class Looked(NamedTuple):
+    """All that a plan depends on of its entries."""
+
+    facts: tuple[object, ...]
+    kept: list[object]
+    guard: Guard
+
+
+def _facts_of(entries: list[Entry]) -> tuple[object, ...]:
+    """Whose options they are, and what these say; how DTensors are placed, and where the piece of this rank lies."""
+    groups = {id(entry.group): entry.group for entry in entries}
+    placed = [x.param for x in entries if isinstance(x.param, DTensor)]
+    pieces = [(tuple(x.placements), address_of(x)) for x in placed]
+    return [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces
+
+
+def _kept_of(entries: list[Entry]) -> list[object]:
+    """Parameters and what is in their states, but numbers: these are the objects that were checked."""
+    return [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
+
+
+def _tensors_of(entries: list[Entry]) -> list[Tensor]:
+    """What the guard of a plan is for: with its pieces, since DTensors do not say how these lie."""
+    tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]
+    return tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]
+
+
 def _holds(plan: Plan, entries: list[Entry]) -> bool:
     """Whether a plan is for these entries, as they are now."""
-    if len(plan.made_for) != len(entries) or not entries:
+    was = plan.looked_at
+    if was is None or not entries:
         return False
     made = plan.update_rms[0]
     if type(made) is not type(entries[0].state.get("RMS")) or is_left_by_inference(made):
         return False  # made in a mode that has ended, or has begun
-    options: dict[int, tuple[Any, ...]] = {}
-    for (_, p, g, state, group), was in zip(entries, plan.made_for, strict=True):
-        if id(group) not in options:
-            options[id(group)] = options_of(group)
-        if (
-            p.dtype is not was.dtype
-            or g.dtype is not was.grad_dtype
-            or type(g) is not was.grad_type
-            or g.layout is not STRIDED
-            or g.stride() != was.grad_stride
-            or p.stride() != was.stride
-            or p.is_neg()
-            or p.shape != was.shape
-            or g.shape != was.shape
-            or not (p.device == g.device == was.device)
-            or options[id(group)] != was.options
-            or id(group) != was.group
-            or not _is_same(state, was.state)
-            or (was.piece is not None and _piece(p) != was.piece)
-        ):
-            return False
-    return True
-
-
-def _is_same(state: State, was: list[tuple[Any, Layout | None]]) -> bool:
-    """Whether a state has the tensors that were checked, laid out as they were; its step count, a number, may be another."""
-    if len(state) != len(was):
-        return False
-    for x, (checked, layout) in zip(state.values(), was, strict=True):
-        if type(checked) is not int and (x is not checked or (layout is not None and _layout_of(x) != layout)):
-            return False
-    return True
+    alike = _facts_of(entries) == was.facts and are_same(_kept_of(entries), was.kept)
+    return alike and was.guard.holds(_tensors_of(entries))
 
 
 def _class_of(entry: Entry) -> ShapeClass:

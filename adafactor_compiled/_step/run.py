@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 
 import torch
@@ -31,13 +32,15 @@ from adafactor_compiled._update.rounding import draws_of_entries
 Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the RMS of each and of its update, [2, k]
 
 
-def run(plan: Plan, entries: list[Entry], addresses: list[int], exchanges: Sequence[Exchange], compiles: bool) -> Record:
+def run(
+    plan: Plan, entries: list[Entry], addresses: array[int] | None, exchanges: Sequence[Exchange], compiles: bool
+) -> Record:
     """Step all entries in place.
 
     Args:
         plan: the plan of the step.
         entries: of the step.
-        addresses: of the members of its table.
+        addresses: of the members of its table, where it has one.
         exchanges: of sharded parameters.
         compiles: whether what is to be compiled runs compiled, by itself or as part of a graph.
     """
@@ -68,7 +71,7 @@ def _draws_of(plan: Plan, entries: list[Entry]) -> dict[int, Tensor]:
 
 
 def _run_fused(
-    plan: Plan, inputs: Inputs, addresses: list[int], exchanges: Sequence[Exchange]
+    plan: Plan, inputs: Inputs, addresses: array[int] | None, exchanges: Sequence[Exchange]
 ) -> tuple[dict[int, Tensor], set[int]]:
     """Step what kernels do, by launches or as an operator of an outer graph, and all DTensors around them.
 
@@ -78,7 +81,7 @@ def _run_fused(
     entries, tables, fused = inputs.entries, inputs.tables, plan.fused
     if plan.table is None and fused:
         step_members([entries[i] for i in fused], [tables[i] for i in fused], [inputs.draws.get(i) for i in fused])
-    launched = None if plan.table is None else launched_of(plan, addresses, inputs)
+    launched = None if addresses is None else launched_of(plan, addresses, inputs)
     finite: dict[int, Tensor] = {}
     skipped: set[int] = set()
     with UNNAMED if plan.table is None else range_of(plan.table.members[0].of, len(fused), "fused"):

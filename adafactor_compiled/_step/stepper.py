@@ -67,7 +67,7 @@ class Stepper:
         if of_scaler is not None:
             entries = of_scaler.unscaled(entries)
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
-            run(plan_of(entries, None), entries, [], exchanges_of(groups, []), True)
+            run(plan_of(entries, None), entries, None, exchanges_of(groups, []), True)
             return
         last = self._plans.get(alone)
         plan = plan_of(entries, last, self.compilation.fused)

@@ -235,7 +235,7 @@ def test_gradients_may_share_memory() -> None:
     optimizer, reference = Adafactor(params, fused=True), Adafactor(others, foreach=False)
     optimizer.step()
     reference.step()
-    assert optimizer._stepper._again._table is not None
+    assert optimizer._stepper._again._known is not None
     for p, q in zip(params, others, strict=True):
         assert_same_parameter(p, q, "fused, shared gradients")
 
