@@ -13,7 +13,6 @@ from tolerances import assert_same_parameter, assert_same_state, largest
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._fused.launches import launches_of
 from adafactor_compiled._fused.members import Placed, member_of
 from adafactor_compiled._fused.pieces import COLUMNS, COUNT, NEITHER, ROWS, STATISTICS, Piece
 from adafactor_compiled._fused.table import Found, Table
@@ -84,7 +83,7 @@ class Rank:
             of = shape_class_of(entry.param, entry.grad, self.group)._replace(factored=x.factored)
             placed = Placed(entry.param, None, (), 0, [], x.split, origin)  # type: ignore[arg-type]
             members.append(member_of(entry, of, torch.zeros_like(entry.state["RMS"]), placed))
-        self.table = Table(members, launches_of([x.planned for x in members]))
+        self.table = Table(members)
         self.first, self.third = (torch.zeros(n, dtype=torch.float64) for n in (sum(x.sums for x in shared), len(shared)))
         self.table.share([self.first], self._pieces)
 

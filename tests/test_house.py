@@ -17,6 +17,7 @@ FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts): path for path i
 # Every private part of torch, by the file that may use it. Each has another way beside it, or is part of a public subclass.
 PRIVATE = {
     "_compile.graphs": {"torch._inductor"},  # list_options: which options this release knows
+    "_state.guard": {"torch._C._dynamo.guards.TensorGuards"},  # by questions in Python where it is not there
     "_state.moments": {"torch._dynamo"},  # mark_static_address, for CUDA graphs
     "_state.placements": {
         "torch.distributed._functional_collectives",

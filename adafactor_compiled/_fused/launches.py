@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import time
 from array import array
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -24,6 +24,7 @@ from adafactor_compiled._fused.gpu import launches as gpu
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.pieces import ADDRESSES as ADDRESSES
 from adafactor_compiled._fused.pieces import STEP, Piece
+from adafactor_compiled._state.layout import group_by_key
 from adafactor_compiled._state.shape_class import ShapeClass
 
 Kernels = cpu_layout.Kernels | gpu_layout.Kernels
@@ -80,28 +81,22 @@ class Planned(NamedTuple):
     cut: Any  # into units of work, as those who launch these kernels know it
 
 
-def planned(of: ShapeClass, split: int | None = None) -> Planned:
-    """Of a member that has kernels, see `kernels_of`."""
+def planned(of: ShapeClass, split: int | None = None, aligned: bool = True) -> Planned:
+    """Of a member that has kernels, see `kernels_of`; `aligned`, parameter and gradient begin at multiples of 16."""
     kernels = kernels_of(of, split)
     assert kernels is not None
-    cut = gpu_layout.cut_of(kernels, of) if isinstance(kernels, gpu_layout.Kernels) else cpu_layout.cut_of(of, split)
-    return Planned(of, kernels, cut)
+    if isinstance(kernels, cpu_layout.Kernels):
+        return Planned(of, kernels, cpu_layout.cut_of(of, split))
+    return Planned(of, kernels._replace(sixteens=kernels.sixteens and aligned), gpu_layout.cut_of(kernels, of))
 
 
-def launches_of(members: Sequence[Planned], unaligned: Collection[int] = ()) -> list[Launch]:
-    """The launches that step these members of one step; those `unaligned` begin at addresses that are no multiples of 16."""
-    on_cpu: dict[int, Any] = {}
-    on_gpu: dict[int, Any] = {}
-    for i, x in enumerate(members):
-        if isinstance(x.kernels, cpu_layout.Kernels):
-            on_cpu[i] = x
-        else:
-            on_gpu[i] = x._replace(kernels=x.kernels._replace(sixteens=False)) if i in unaligned else x
+def launches_of(members: Sequence[Planned]) -> list[Launch]:
+    """The launches that step these members of one step."""
     launches: list[Launch] = []
-    for of_device, made in ((on_cpu, cpu.launches_of([*on_cpu.values()])), (on_gpu, gpu.launches_of([*on_gpu.values()]))):
-        positions = list(of_device)
-        for launch in made:
-            launch.positions = [positions[i] for i in launch.positions]
+    for on_gpu, chosen in group_by_key(isinstance(x.kernels, gpu_layout.Kernels) for x in members).items():
+        some: list[Any] = [members[i] for i in chosen]
+        for launch in gpu.launches_of(some) if on_gpu else cpu.launches_of(some):
+            launch.positions = [chosen[i] for i in launch.positions]
             launches.append(launch)
     return launches
 

@@ -74,7 +74,7 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
         group=group,
         position=position,
         of=of,
-        planned=planned(of, None if placed is None else placed.split),
+        planned=planned(of, None if placed is None else placed.split, (p.data_ptr() | g.data_ptr()) % 16 == 0),
         kept=kept,
         update_rms=update_rms,
         spans=tuple(span for span in spans if span.size > 0),

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.launches import Launch, kernels_of, launches_of, planned
+from adafactor_compiled._fused.launches import Launch, Planned, kernels_of, launches_of
 from adafactor_compiled._fused.members import member_of
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._state.entries import Entry
@@ -105,10 +105,9 @@ def _stepped_by_kernels(entries: list[Entry], classes: list[ShapeClass], numbers
     if not chosen:
         return set()
     positions = [x.position for x in chosen]
-    unaligned = frozenset(i for i, x in enumerate(chosen) if (x.param.data_ptr() | x.grad.data_ptr()) % 16)
     update_rms = torch.zeros(len(chosen), dtype=numbers.dtype, device=numbers.device).unbind()
     members = [member_of(x, classes[x.position], to) for x, to in zip(chosen, update_rms, strict=True)]
-    table = Table(members, _launches_of(tuple(x.of for x in members), unaligned))
+    table = Table(members, _launches_of(tuple(x.planned for x in members)))
     params, grads = [x.param for x in chosen], [x.grad for x in chosen]
     addresses = table.addresses_of(table.tensors(params, grads, [x.state for x in chosen]), positions)
     if table.conflicts(addresses, grads):
@@ -121,5 +120,5 @@ def _stepped_by_kernels(entries: list[Entry], classes: list[ShapeClass], numbers
 
 
 @lru_cache(maxsize=64)
-def _launches_of(classes: tuple[ShapeClass, ...], unaligned: frozenset[int]) -> list[Launch]:
-    return launches_of([planned(of) for of in classes], unaligned)
+def _launches_of(members: tuple[Planned, ...]) -> list[Launch]:
+    return launches_of(members)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.gpu import layout as gpu_layout
-from adafactor_compiled._fused.launches import ADDRESSES, Launch
+from adafactor_compiled._fused.launches import ADDRESSES, Launch, launches_of
 from adafactor_compiled._fused.members import Member
 from adafactor_compiled._fused.pieces import COL, EXP_AVG, NUMBERS, RMS, ROW, STEP, UPDATE_RMS, G, P, Piece
 from adafactor_compiled._state.layout import compute_dtype
@@ -46,8 +46,9 @@ class Found:
 class Table:
     """Of members that step together, made once for them."""
 
-    def __init__(self, members: Sequence[Member], launches: list[Launch]) -> None:
-        self.members, self.launches = members, launches
+    def __init__(self, members: Sequence[Member], launches: list[Launch] | None = None) -> None:
+        self.members = members
+        self.launches = launches = launches_of([x.planned for x in members]) if launches is None else launches
         self._written = [tensor for x in members for tensor in x.written]
         self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
         self.kept = [tensor for x in members for tensor in x.kept.values()]
@@ -87,10 +88,10 @@ class Table:
     def _check_memory(self, tensors: Sequence[Tensor]) -> None:
         """Raise RuntimeError where a tensor that has elements has no memory."""
         members = self.members
-        owners = [*members, *members, *(x for x in members for _ in x.kept)]
-        for x, tensor in zip(owners, tensors, strict=True):
+        owners = [*((x, P) for x in members), *((x, G) for x in members), *((x, ROW) for x in members for _ in x.kept)]
+        for (x, column), tensor in zip(owners, tensors, strict=True):
             if tensor.numel() and not tensor.data_ptr():
-                raise _without_memory(x)
+                raise _without_memory(x, column)
 
     def conflicts(self, addresses: array[int], grads: Sequence[Tensor]) -> set[int]:
         """The members that write to memory which another tensor of the step has too: kernels would race in it.
@@ -198,13 +199,13 @@ def _check_storages(x: Member, grad: Tensor, addresses: Sequence[int]) -> None:
     last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
     for column, size, tensor in x.spans:
         if addresses[column] != last[column] and not _is_there(grad if tensor is None else tensor, size):
-            raise _without_memory(x)
+            raise _without_memory(x, column)
     x.looked_at[:] = [addresses]
 
 
-def _without_memory(x: Member) -> RuntimeError:
-    of = f"parameter {x.position} (shape {tuple(x.param.shape)})"
-    return RuntimeError(f"{of}, its gradient or its state has no memory; nothing was stepped")
+def _without_memory(x: Member, column: int) -> RuntimeError:
+    what = {P: "", G: "the gradient of "}.get(column, "the state of ")
+    return RuntimeError(f"{what}parameter {x.position} (shape {tuple(x.param.shape)}) has no memory; nothing was stepped")
 
 
 def _is_there(x: Tensor, size: int) -> bool:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from adafactor_compiled._fused.launches import launches_of, skips_by_itself
+from adafactor_compiled._fused.launches import skips_by_itself
 from adafactor_compiled._fused.members import Member, of_this_rank
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchanges import Exchanges
@@ -196,8 +196,7 @@ def _together_anew(
     for (member, guard), p, g, state in zip(found, *local, strict=True):
         if not guard.holds([p, g, *(state[name] for name in member.kept)]):
             return None
-    unaligned = {i for i, (p, g) in enumerate(zip(*local[:2], strict=True)) if (p.data_ptr() | g.data_ptr()) % 16}
-    table = Table(members, launches_of([x.planned for x in members], unaligned))
+    table = Table(members)
     return known.add(Together.of(table, table.tensors(*local)))
 
 

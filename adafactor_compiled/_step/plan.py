@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn import Parameter
 
 from adafactor_compiled._compile.calls import Call, calls_of, view_of
-from adafactor_compiled._fused.launches import Kernels, kernels_of, launches_of, skips_by_itself
+from adafactor_compiled._fused.launches import Kernels, kernels_of, skips_by_itself
 from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
 from adafactor_compiled._sharded.members import localized, placed_of
@@ -50,6 +50,15 @@ class Plan(NamedTuple):
         """What launches run."""
         return [] if self.table is None else [launch.kernels for launch in self.table.launches]
 
+    def is_for(self, entries: list[Entry]) -> bool:
+        """Whether these are its entries, and as they were."""
+        if self.looked_at is None or not entries:
+            return False
+        made = self.update_rms[0]
+        if type(made) is not type(entries[0].state.get("RMS")) or is_left_by_inference(made):
+            return False  # made in a mode that has ended, or has begun
+        return self.looked_at.holds(entries)
+
 
 def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: Collection[int] = ()) -> Plan:
     """The plan of a step: the last one, where nothing has changed that it depends on.
@@ -66,7 +75,7 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     Raises:
         RuntimeError: a gradient or a state does not fit its parameter; nothing has changed.
     """
-    if last is not None and _holds(last, entries):
+    if last is not None and last.is_for(entries):
         return last
     for entry in entries:
         check_gradient(entry.param, entry.grad, entry.position)
@@ -99,10 +108,10 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     called = [] if inline else [i for i, (path, of) in enumerate(classes) if path == "compiled" and view_of(of) is not None]
     sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
     return Plan(
-        None if inline or not entries else Looked(_facts_of(entries), _kept_of(entries), Guard(_tensors_of(entries))),
+        None if inline or not entries else Looked.at(entries),
         _parts_of(classes, range(len(entries))),
         launched,
-        None if not members else _table_of(members, [entries[i] for i in launched]),
+        Table(members) if members else None,
         calls_of((x.shape_class, x.positions) for x in _parts_of(classes, called)),
         _uncompiled(classes, {*launched, *called, *sharded}),
         _uncompiled(classes, {*launched, *sharded}),
@@ -126,21 +135,11 @@ def _piece_of(entry: Entry, update_rms: Tensor) -> Member | None:
     return None if kernels_of(of, placed.split) is None else member_of(local, of, update_rms, placed)
 
 
-def _table_of(members: list[Member], entries: list[Entry]) -> Table:
-    unaligned = {i for i, entry in enumerate(entries) if not isinstance(entry.param, DTensor) and _is_unaligned(entry)}
-    return Table(members, launches_of([x.planned for x in members], unaligned))
-
-
 def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
     path = path_of(entry.group, entry.param)
     if apart and path != "sharded":
         return "reference"
     return "compiled" if path == "fused" and not fused else path
-
-
-def _is_unaligned(entry: Entry) -> bool:
-    """Whether parameter or gradient begin at an address that is no multiple of 16, as views of flat buffers may."""
-    return (entry.param.data_ptr() | entry.grad.data_ptr()) % 16 > 0
 
 
 def options_of(group: Group) -> tuple[Any, ...]:
@@ -165,36 +164,27 @@ class Looked(NamedTuple):
     kept: list[object]
     guard: Guard
 
+    @classmethod
+    def at(cls, entries: list[Entry]) -> Looked:
+        facts, kept, tensors = _looks_of(entries)
+        return cls(facts, kept, Guard(tensors))
 
-def _facts_of(entries: list[Entry]) -> tuple[object, ...]:
-    """Whose options they are, and what these say; how DTensors are placed, and where the piece of this rank lies."""
+    def holds(self, entries: list[Entry]) -> bool:
+        """Whether all is as it was."""
+        facts, kept, tensors = _looks_of(entries)
+        return facts == self.facts and are_same(kept, self.kept) and self.guard.holds(tensors)
+
+
+def _looks_of(entries: list[Entry]) -> tuple[tuple[object, ...], list[object], list[Tensor]]:
+    """The groups and what their options say, and how DTensors are placed; parameters and what is in their states, but numbers,
+    as objects; and how all these and gradients look, with the pieces of DTensors, which do not say how these lie.
+    """
     groups = {id(entry.group): entry.group for entry in entries}
-    placed = [x.param for x in entries if isinstance(x.param, DTensor)]
-    pieces = [(tuple(x.placements), address_of(x)) for x in placed]
-    return [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces
-
-
-def _kept_of(entries: list[Entry]) -> list[object]:
-    """Parameters and what is in their states, but numbers: these are the objects that were checked."""
-    return [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
-
-
-def _tensors_of(entries: list[Entry]) -> list[Tensor]:
-    """What the guard of a plan is for: with its pieces, since DTensors do not say how these lie."""
+    pieces = [(tuple(x.placements), address_of(x)) for _, x, *_ in entries if isinstance(x, DTensor)]
+    facts = [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces
+    kept = [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
     tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]
-    return tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]
-
-
-def _holds(plan: Plan, entries: list[Entry]) -> bool:
-    """Whether a plan is for these entries, as they are now."""
-    was = plan.looked_at
-    if was is None or not entries:
-        return False
-    made = plan.update_rms[0]
-    if type(made) is not type(entries[0].state.get("RMS")) or is_left_by_inference(made):
-        return False  # made in a mode that has ended, or has begun
-    alike = _facts_of(entries) == was.facts and are_same(_kept_of(entries), was.kept)
-    return alike and was.guard.holds(_tensors_of(entries))
+    return facts, kept, tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]
 
 
 def _class_of(entry: Entry) -> ShapeClass:

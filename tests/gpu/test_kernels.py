@@ -208,7 +208,7 @@ def test_state_without_memory(on_gpu: Memory) -> None:
     optimizer.step()
     before = param.detach().clone()
     optimizer.state[param]["exp_avg_sq_row"].untyped_storage().resize_(0)
-    with pytest.raises(RuntimeError, match=r"parameter 0 .* its state has no memory; nothing was stepped"):
+    with pytest.raises(RuntimeError, match=r"the state of parameter 0 .* has no memory; nothing was stepped"):
         optimizer.step()
     assert torch.equal(param, before)
     assert optimizer.state[param]["step"] == 1
