@@ -19,6 +19,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[interpreter.Memory]:
     monkeypatch.setattr(fused, "_ready", {})
     for cached in (layout.kernels_of, launches.try_out):
         cached.cache_clear()
+    interpreter.patch_once(monkeypatch)
     yield interpreter.check_accesses(monkeypatch)
     for cached in (layout.kernels_of, launches.try_out):
         cached.cache_clear()
