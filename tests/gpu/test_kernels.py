@@ -133,6 +133,20 @@ def test_every_kind_of_launch(on_gpu: Memory, path: dict[str, Any]) -> None:
     assert on_gpu.accesses
 
 
+@pytest.mark.parametrize("forgotten", ["param", "gradient", "exp_avg_sq_row"])
+def test_accesses_are_checked(on_gpu: Memory, forgotten: str) -> None:
+    param = torch.randn(8, 24).requires_grad_()
+    optimizer = Adafactor([param], fused=True)
+    param.grad = torch.randn_like(param)
+    optimizer.step()
+    left_out = {"param": param, "gradient": param.grad}.get(forgotten, optimizer.state[param].get(forgotten)).data_ptr()
+    on_gpu.ranges = {span for span in on_gpu.ranges if span[0] != left_out}
+    add = on_gpu.add
+    on_gpu.add = lambda *tensors: add(*(x for x in tensors if x.data_ptr() != left_out))  # type: ignore[method-assign]
+    with pytest.raises(Exception, match="memory that is not its own"):
+        optimizer.step()
+
+
 def test_members_of_several_groups_have_their_own_numbers(on_gpu: Memory) -> None:
     pattern = ("normal",)
     groups = [
