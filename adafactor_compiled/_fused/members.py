@@ -5,8 +5,9 @@ Its tensors are looked at in each step, state included: see `_state/guard.py`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -53,6 +54,8 @@ class Member:
     of: ShapeClass  # of the parameter as kernels see it
     planned: Planned
     kept: dict[str, Tensor]  # what kernels touch of its state
+    kept_in: Callable[[State], tuple[Tensor, ...]]  # the same of a state as it is now
+    places: tuple[int, ...]  # among these, of the addresses of rows, columns, momentum and RMS
     update_rms: Tensor
     spans: tuple[Span, ...]
     written: list[Tensor]
@@ -66,7 +69,7 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
     columns |= ({} if of.momentum is None else {EXP_AVG: "exp_avg"}) | {RMS: "RMS"}
     spans = [Span(P, _bytes(p), p), Span(G, _bytes(g), None)]
     spans += [Span(at, _bytes(state[name]), state[name]) for at, name in columns.items()]
-    kept = {name: state[name] for name in columns.values()}
+    kept, place = {name: state[name] for name in columns.values()}, dict(zip(columns, range(len(columns)), strict=True))
     written = [p, *kept.values(), update_rms]
     return Member(
         param=p if placed is None else placed.param,
@@ -76,6 +79,8 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
         of=of,
         planned=planned(of, None if placed is None else placed.split, (p.data_ptr() | g.data_ptr()) % 16 == 0),
         kept=kept,
+        kept_in=itemgetter(*kept),
+        places=tuple(place.get(column, 0) for column in (ROW, COL, EXP_AVG, RMS)),
         update_rms=update_rms,
         spans=tuple(span for span in spans if span.size > 0),
         written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version

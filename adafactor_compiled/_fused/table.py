@@ -14,7 +14,7 @@ from torch import Tensor
 from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES, Launch, launches_of
 from adafactor_compiled._fused.members import Member
-from adafactor_compiled._fused.pieces import COL, EXP_AVG, NUMBERS, RMS, ROW, STEP, UPDATE_RMS, G, P, Piece
+from adafactor_compiled._fused.pieces import NUMBERS, ROW, STEP, G, P, Piece
 from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._update.numbers import Numbers, to_device
@@ -52,7 +52,7 @@ class Table:
         self._written = [tensor for x in members for tensor in x.written]
         self._in_order = len(launches) == 1 and launches[0].positions == list(range(len(members)))
         self.kept = [tensor for x in members for tensor in x.kept.values()]
-        self._kept_of = [itemgetter(*x.kept) for x in members]
+        self._kept_in = [x.kept_in for x in members]
         self._update_rms_at = [x.update_rms.data_ptr() for x in members]
         self._columns = _columns_of(members)
         self.sharded = [x.position for x in members if x.placed is not None]  # positions in the optimizer
@@ -70,7 +70,7 @@ class Table:
         Raises:
             KeyError: a state lacks something.
         """
-        return params + grads + [x for kept_of, state in zip(self._kept_of, states, strict=True) for x in kept_of(state)]
+        return params + grads + [x for kept_in, state in zip(self._kept_in, states, strict=True) for x in kept_in(state)]
 
     def addresses_of(self, tensors: list[Tensor], rows: Sequence[int]) -> array[int]:
         """`ADDRESSES` of each member, whose tensors are as they were, and whose numbers stand in these rows.
@@ -176,14 +176,12 @@ class Table:
 
 def _columns_of(members: Sequence[Member]) -> Callable[[list[int]], tuple[int, ...]]:
     """The columns of each member from addresses of all parameters, all gradients, what is kept of each, and RMS of updates."""
-    count, at, chosen = len(members), 2 * len(members), []
-    of_updates = at + sum(len(x.kept) for x in members)
+    count = len(members)
+    at, of_updates = 2 * count, 2 * count + sum(len(x.kept) for x in members)
+    chosen: list[int] = []
     for i, x in enumerate(members):
-        kept = dict(zip(x.kept, range(at, of_updates), strict=False))
-        row, at = at, at + len(kept)
-        columns = {P: i, G: count + i, ROW: row, COL: kept.get("exp_avg_sq_col", row), EXP_AVG: kept.get("exp_avg", row)}
-        columns |= {RMS: kept["RMS"], UPDATE_RMS: of_updates + i, NUMBERS: i}  # the last to be put in
-        chosen += [columns[column] for column in range(ADDRESSES)]
+        chosen += (i, count + i, *(at + place for place in x.places), of_updates + i, i)  # the last is to be put in
+        at += len(x.kept)
     return itemgetter(*chosen)
 
 

@@ -194,7 +194,7 @@ def _together_anew(
     members = [member for member, _ in found]
     local = of_this_rank(members, params, grads, states)
     for (member, guard), p, g, state in zip(found, *local, strict=True):
-        if not guard.holds([p, g, *(state[name] for name in member.kept)]):
+        if not guard.holds([p, g, *member.kept_in(state)]):
             return None
     table = Table(members)
     return known.add(Together.of(table, table.tensors(*local)))
@@ -207,16 +207,20 @@ def _rows_of(together: Together, states: Sequence[State]) -> Rows | None:
         LookupError: a state has no step count.
     """
     counts = [state["step"] for state in states]
-    if any(type(count) is not int for count in counts) or any(_needs_tensors(group) for group, _ in together.groups):
+    if set(map(type, counts)) != {int}:
         return None
-    rows = Rows(counts, [0] * len(counts), [])
+    of_members, numbers = [0] * len(counts), list[Numbers]()
     for group, chosen in together.groups:
-        of_count: dict[int, int] = {}
+        if _needs_tensors(group):
+            return None
+        row_of: dict[int, int] = {}
         for i in chosen:
-            row = rows.of_members[i] = of_count.setdefault(counts[i], len(rows.numbers))
-            if row == len(rows.numbers):
-                rows.numbers.append(plain_numbers(group, counts[i] + 1))
-    return rows
+            count = counts[i]
+            if count not in row_of:
+                row_of[count] = len(numbers)
+                numbers.append(plain_numbers(group, count + 1))
+            of_members[i] = row_of[count]
+    return Rows(counts, of_members, numbers)
 
 
 def _needs_tensors(group: Group) -> bool:
@@ -226,6 +230,8 @@ def _needs_tensors(group: Group) -> bool:
 def _draws_of(members: Sequence[Member], grads: Sequence[Tensor], states: Sequence[State]) -> dict[int, Tensor]:
     """What determines the noise of those that are rounded stochastically, at step counts that were raised."""
     rounding = [i for i, x in enumerate(members) if x.of.rounding]
+    if not rounding:
+        return {}
     chosen = [members[i] for i in rounding]
     entries = [Entry(x.position, x.param, grads[i], states[i], x.group) for i, x in zip(rounding, chosen, strict=True)]
     origins = [Origin() if x.placed is None else x.placed.origin for x in chosen]
