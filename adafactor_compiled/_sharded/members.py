@@ -6,7 +6,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import cast
 
-from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._fused.members import Member, Placed
@@ -40,15 +39,7 @@ def placed_of(entry: Entry) -> Placed | None:
 def localized(entry: Entry) -> Entry:
     """This rank's pieces alone."""
     state = {key: x.to_local() if isinstance(x, DTensor) else x for key, x in entry.state.items()}
-    return entry._replace(param=cast(DTensor, entry.param).to_local(), grad=local_grad(entry), state=state)
-
-
-def local_grad(entry: Entry) -> Tensor:
-    """The gradient placed as its parameter is; a sum that is still due over the ranks is taken here."""
-    param, grad = entry.param, entry.grad
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
-        grad = grad.redistribute(param.device_mesh, param.placements)
-    return local(grad)
+    return entry._replace(param=cast(DTensor, entry.param).to_local(), grad=local(entry.grad), state=state)
 
 
 def pieces_of(members: Sequence[Member], slots: Mapping[int, Slot]) -> list[Piece | None]:

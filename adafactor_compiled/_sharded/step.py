@@ -20,7 +20,7 @@ from adafactor_compiled._fused.pieces import COUNT, STATISTICS
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchange import Slot
 from adafactor_compiled._sharded.exchanges import Exchanges, admit, agree, begin, slots_of
-from adafactor_compiled._sharded.members import local_grad, pieces_of
+from adafactor_compiled._sharded.members import pieces_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import is_cautious, momentum_of
 from adafactor_compiled._state.options import wants_rounding
@@ -114,7 +114,7 @@ class _Piece:
 
     def __init__(self, job: Job, slot: Slot) -> None:
         self.job, self.slot, self.entry = job, slot, job.entry
-        self.grad = local_grad(job.entry)  # placed as the parameter is
+        self.grad = local(job.entry.grad)
         self.members = _members_of(job, self.grad, slot.split)
         # Of rows or columns, whichever averages ranks share: how many elements of the whole parameter each is over.
         self.over = 1 if job.entry.param.ndim < 2 else job.entry.param.shape[-1 if self.members.transposed else -2]

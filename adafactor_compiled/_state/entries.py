@@ -41,11 +41,13 @@ def entries_of(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[E
 
 def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
     """A gradient as a kernel can read it: with the negative bit of a view of a complex tensor and zeros without memory, as
-    autograd has them, written out.
+    autograd has them, written out, and placed as its parameter is, a sum taken that is still due over the ranks.
 
     Raises:
         RuntimeError: the memory of parameter or gradient was given back.
     """
+    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+        return grad.redistribute(param.device_mesh, param.placements)
     if torch.compiler.is_compiling():
         return grad
     plain = type(grad) is Tensor and type(param) in PLAIN and grad.layout is param.layout is torch.strided

@@ -180,7 +180,7 @@ def _looks_of(entries: list[Entry]) -> tuple[tuple[object, ...], list[object], l
     as objects; and how all these and gradients look, with the pieces of DTensors, which do not say how these lie.
     """
     groups = {id(entry.group): entry.group for entry in entries}
-    pieces = [(tuple(x.placements), address_of(x)) for _, x, *_ in entries if isinstance(x, DTensor)]
+    pieces = [(x.placements, address_of(x)) for _, x, *_ in entries if isinstance(x, DTensor)]
     facts = [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces
     kept = [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
     tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]

@@ -93,6 +93,29 @@ def test_large_gradients(ranks, name):
     ranks(4).run(check_large_gradients, name)
 
 
+def check_gradients_placed_otherwise() -> None:
+    """As a backward pass may leave them: still to be summed, on every rank in full, or in pieces of another layout."""
+    mesh = mesh_of((2,))
+    for mode, options in product((EAGER, FUSED), ({}, MOMENTUM)):
+        param = nn.Parameter(distribute_tensor(torch.linspace(-1, 1, 24).view(6, 4), mesh, [Shard(0)]))
+        whole = nn.Parameter(param.full_tensor().detach().clone())
+        optimizer, reference = Adafactor([param], **options, **mode), Adafactor([whole], foreach=False, **options)
+        for step, kind in enumerate([Shard(0), Partial(), Partial(), R, Shard(1), Shard(0), Partial()]):
+            whole.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            if isinstance(kind, Partial):
+                of_rank = whole.grad.clone() if mesh.get_local_rank() == 0 else torch.zeros(6, 4)
+                param.grad = DTensor.from_local(of_rank, mesh, [kind], run_check=False)
+            else:
+                param.grad = distribute_tensor(whole.grad.clone(), mesh, [kind], src_data_rank=None)
+            optimizer.step()
+            reference.step()
+        assert_same(optimizer, reference, [param], [whole])
+
+
+def test_gradients_placed_otherwise(ranks):
+    ranks(2).run(check_gradients_placed_otherwise)
+
+
 VARIATIONS: list[dict[str, Any]] = [
     {"factor_dims": "largest", "beta2_cap": 0.5, "beta1": 0.9},
     {"min_dim_size_to_factor": 4, "decay_offset": 1, "weight_decay": 0.1, "weight_decay_scale": "none"},
