@@ -20,8 +20,12 @@ STEPS = 12  # of which each parameter has no gradient in two, see `set_gradients
 
 @functools.cache
 def mesh_of(sizes: tuple[int, ...], names: tuple[str, ...] | None = None) -> DeviceMesh:
-    """One for all checks: the process groups of a mesh have threads that poll as long as the rank lives."""
-    return init_device_mesh("cpu", sizes, mesh_dim_names=names)
+    """One for all checks, under any names of the same process groups: these have threads that poll while the rank lives."""
+    if names is None:
+        return init_device_mesh("cpu", sizes)
+    unnamed = mesh_of(sizes)
+    groups = [unnamed.get_group(dim) for dim in range(len(sizes))]
+    return DeviceMesh.from_group(groups, "cpu", mesh=unnamed.mesh, mesh_dim_names=names)
 
 
 class Bag(nn.Module):
