@@ -59,7 +59,6 @@ class Member:
     update_rms: Tensor
     spans: tuple[Span, ...]
     written: list[Tensor]
-    looked_at: list[Sequence[int]]  # addresses whose storages were looked at, the last ones
 
 
 def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed | None = None) -> Member:
@@ -84,7 +83,6 @@ def member_of(entry: Entry, of: ShapeClass, update_rms: Tensor, placed: Placed |
         update_rms=update_rms,
         spans=tuple(span for span in spans if span.size > 0),
         written=[x for x in written if not x.is_inference()],  # what was made in inference mode has no version
-        looked_at=[],
     )
 
 

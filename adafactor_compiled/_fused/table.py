@@ -105,7 +105,9 @@ class Table:
             self._last = addresses
             return set()
         for i, x in enumerate(self.members):
-            _check_storages(x, grads[i], addresses[i * ADDRESSES : (i + 1) * ADDRESSES])
+            for column, size, tensor in x.spans:
+                if not _is_there(grads[i] if tensor is None else tensor, size):
+                    raise _without_memory(x, column)
         spans = sorted((addresses[at], addresses[at] + size, written, i) for at, size, written, i in self._spans)
         found = overlapping(spans)
         if not found:
@@ -190,15 +192,6 @@ def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
     for i in positions:
         chosen += table[i * ADDRESSES : (i + 1) * ADDRESSES]
     return chosen
-
-
-def _check_storages(x: Member, grad: Tensor, addresses: Sequence[int]) -> None:
-    """Raise RuntimeError where memory of a member, as far as it lies elsewhere than before, is in no storage any more."""
-    last = x.looked_at[0] if x.looked_at else [0] * ADDRESSES
-    for column, size, tensor in x.spans:
-        if addresses[column] != last[column] and not _is_there(grad if tensor is None else tensor, size):
-            raise _without_memory(x, column)
-    x.looked_at[:] = [addresses]
 
 
 def _without_memory(x: Member, column: int) -> RuntimeError:

@@ -46,7 +46,12 @@ def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
     Raises:
         RuntimeError: the memory of parameter or gradient was given back.
     """
-    if isinstance(param, DTensor) and isinstance(grad, DTensor) and grad.placements != param.placements:
+    if (
+        isinstance(param, DTensor)
+        and isinstance(grad, DTensor)
+        and grad.shape == param.shape
+        and grad.placements != param.placements
+    ):
         return grad.redistribute(param.device_mesh, param.placements)
     if torch.compiler.is_compiling():
         return grad

@@ -176,12 +176,13 @@ class Looked(NamedTuple):
 
 
 def _looks_of(entries: list[Entry]) -> tuple[tuple[object, ...], list[object], list[Tensor]]:
-    """The groups and what their options say, and how DTensors are placed; parameters and what is in their states, but numbers,
-    as objects; and how all these and gradients look, with the pieces of DTensors, which do not say how these lie.
+    """The groups, what their options say, how DTensors are placed and what states have; parameters and what is in their states,
+    but numbers, as objects; and all these and gradients as tensors, with the pieces of DTensors, which do not say how they lie.
     """
     groups = {id(entry.group): entry.group for entry in entries}
     pieces = [(x.placements, address_of(x)) for _, x, *_ in entries if isinstance(x, DTensor)]
-    facts = [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces
+    names = [tuple(entry.state) for entry in entries]
+    facts = [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces, names
     kept = [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
     tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]
     return facts, kept, tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]

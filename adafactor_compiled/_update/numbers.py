@@ -123,7 +123,7 @@ def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
     for (_, dtype, device, count), positions in by_key.items():
         group = entries[positions[0]].group
         if count is None:
-            steps = torch.stack([entries[i].state["step"] for i in positions]).to(dtype)
+            steps = torch.stack([entries[i].state["step"].reshape(()) for i in positions]).to(dtype)
             for i, row in zip(positions, numbers_of(group, steps, dtype, device).unbind(), strict=True):
                 tables[i] = row
         else:
