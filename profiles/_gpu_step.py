@@ -144,7 +144,8 @@ def record(
     optimizer = Adafactor(params_of(shapes, dtype, ranks), beta1=beta1, fused=True, **options)
     optimizer.warm_up()
     ahead = {variant_of(x) for x in launched}
-    optimizer.step()  # makes what later ones keep
+    with Eager():
+        optimizer.step()  # makes what later ones keep; of steps in a mode there is another plan
     launched.clear()
     with Eager() as eager:
         optimizer.step()
