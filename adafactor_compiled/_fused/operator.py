@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.launches import Launch, Planned, kernels_of, launches_of
+from adafactor_compiled._fused.launches import kernels_of, launches_of
 from adafactor_compiled._fused.members import member_of
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._state.entries import Entry
@@ -119,6 +119,4 @@ def _stepped_by_kernels(entries: list[Entry], classes: list[ShapeClass], numbers
     return set(positions)
 
 
-@lru_cache(maxsize=64)
-def _launches_of(members: tuple[Planned, ...]) -> list[Launch]:
-    return launches_of(members)
+_launches_of = lru_cache(maxsize=64)(launches_of)  # of a tuple

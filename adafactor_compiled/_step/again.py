@@ -57,6 +57,7 @@ class Known:
     groups: list[Group]
     options: list[tuple[Any, ...]]
     params: list[Tensor]  # also those without a gradient
+    exchanges: Exchanges = ()
     members: dict[int, tuple[Member, Guard]] = field(default_factory=dict)  # by position
     together: dict[tuple[int, ...], Together] = field(default_factory=dict)  # by positions, the last ones last
 
@@ -85,7 +86,6 @@ class Again:
 
     def __init__(self) -> None:
         self._known: Known | None = None
-        self._exchanges: Exchanges = ()
 
     def learn(self, plan: Plan, entries: Sequence[Entry], groups: Sequence[Group], exchanges: Exchanges) -> None:
         """Know the members of a plan, if all that it steps can be stepped so; and forget what has left its group."""
@@ -101,17 +101,17 @@ class Again:
         table, params, grads = plan.table, [x.param for x in entries], [x.grad for x in entries]
         try:
             local = of_this_rank(table.members, params, grads, [x.state for x in entries])
-        except LookupError:  # a gradient that is placed otherwise
+        except LookupError:  # of a class of its own, say
             return
         for member, p, g, _ in zip(table.members, *local, strict=True):
             known.members[member.position] = member, Guard([p, g, *member.kept.values()])
-        known.together = {}  # members of other plans, which may have been of another state
+        known.exchanges, known.together = exchanges, {}  # members of other plans, which may have been of another state
         known.add(Together.of(table, table.tensors(*local)))
-        self._known, self._exchanges = known, exchanges
+        self._known = known
 
     def step(self, optimizer: Optimizer) -> Record | None:
         """Step all parameters that have a gradient; None, and nothing has changed, where something else has."""
-        known, exchanges = self._known, self._exchanges
+        known = self._known
         if known is None or makes_fakes() or not known.is_of(optimizer.param_groups):
             return None
         seen = _seen(known, optimizer.state)
@@ -125,7 +125,7 @@ class Again:
             numbers = array("d", [x for of_row in rows.numbers for x in of_row])
             launched = Launched(table, Found(addresses, numbers, _draws_of(members, grads, states)))
             with range_of(members[0].of, len(members), "fused"):
-                skipping = step_shared(exchanges, [], launched)[1] if exchanges else table.run(launched.found)
+                skipping = step_shared(known.exchanges, [], launched)[1] if known.exchanges else table.run(launched.found)
         except BaseException as error:
             for i in set(range(len(members))) - set(table.done):
                 states[i]["step"] = rows.counts[i]

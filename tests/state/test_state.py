@@ -291,12 +291,10 @@ def test_a_step_at_lr_0_of_an_optimizer_without_state_is_a_step() -> None:
 @pytest.mark.parametrize("options", [{}, {"beta1": 0.9, "momentum_dtype": torch.bfloat16}], ids=["plain", "momentum"])
 def test_a_state_under_other_names_is_refused(path: str, options: dict[str, Any]) -> None:
     """Its tensors are the same, in the same order: kernels that take them by name would write beyond them."""
-    params = [torch.nn.Parameter(torch.randn(8)), torch.nn.Parameter(torch.randn(4, 400)), torch.nn.Parameter(torch.randn(8))]
+    params = parameters([(8,), (4, 400), (8,)])
     optimizer = Adafactor(params, **options, **PATHS[path])
-    for _ in range(3):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
+    for seed in range(3):
+        step(params, optimizer, seed)
     state, before = optimizer.state[params[1]], [p.detach().clone() for p in params]
     names = {"exp_avg_sq_row": "exp_avg_sq_col", "exp_avg_sq_col": "exp_avg_sq_row"}
     renamed = {names.get(name, name): value for name, value in state.items()}
@@ -310,25 +308,21 @@ def test_a_state_under_other_names_is_refused(path: str, options: dict[str, Any]
 
 @pytest.mark.parametrize("path", UNCOMPILED)
 def test_a_step_count_that_is_deleted_begins_anew(path: str) -> None:
-    params = [torch.nn.Parameter(torch.randn(4, 40)), torch.nn.Parameter(torch.randn(4, 40))]
+    params = parameters([(4, 40), (4, 40)])
     optimizer = Adafactor(params, **PATHS[path])
-    for step in range(5):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        if step == 3:
+    for seed in range(5):
+        if seed == 3:
             del optimizer.state[params[0]]["step"]
-        optimizer.step()
+        step(params, optimizer, seed)
     assert [optimizer.state[p]["step"] for p in params] == [2, 5]
 
 
 @pytest.mark.parametrize("path", UNCOMPILED)
 def test_a_step_count_in_a_tensor_may_have_a_dimension(path: str) -> None:
-    params = [torch.nn.Parameter(torch.randn(4, 40)), torch.nn.Parameter(torch.randn(4, 40))]
+    params = parameters([(4, 40), (4, 40)])
     optimizer = Adafactor(params, **PATHS[path])
-    for _ in range(2):
-        for p in params:
-            p.grad = torch.randn_like(p)
-        optimizer.step()
+    for seed in range(2):
+        step(params, optimizer, seed)
         optimizer.state[params[0]]["step"] = torch.tensor([4.0])
-    optimizer.step()
+    step(params, optimizer)
     assert [int(optimizer.state[p]["step"]) for p in params] == [5, 3]
