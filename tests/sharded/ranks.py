@@ -10,11 +10,14 @@ import faulthandler
 import multiprocessing
 import os
 import pickle
+import signal
 import tempfile
+import time
 import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -41,7 +44,7 @@ class Ranks:
         self.processes: list[BaseProcess] = []
         for rank in range(size):
             ours, theirs = CONTEXT.Pipe()
-            arguments = (rank, size, os.path.join(self._folder.name, "store"), timeout, theirs)
+            arguments = (rank, size, self._folder.name, timeout, theirs)
             process = CONTEXT.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -62,17 +65,26 @@ class Ranks:
         message = pickle.dumps((check, arguments))
         for end in self._ends:
             end.send_bytes(message)
-        return [self._outcome(*of_rank, timeout) for of_rank in zip(self._ends, self.processes, strict=True)]
+        deadline = time.monotonic() + timeout
+        return [self._outcome(rank, max(0.0, deadline - time.monotonic()), timeout) for rank in range(self.size)]
 
-    def _outcome(self, end: Connection, process: BaseProcess, timeout: float) -> tuple[bool, Any]:
+    def _outcome(self, rank: int, left: float, timeout: float) -> tuple[bool, Any]:
+        end, process = self._ends[rank], self.processes[rank]
         try:
-            if end.poll(timeout):
+            if end.poll(left):
                 outcome: tuple[bool, Any] = pickle.loads(end.recv_bytes())
                 return outcome
-            return False, f"no answer within {timeout} s"
+            return False, f"no answer within {timeout} s; its threads:\n{self._stacks_of(rank)}"
         except (EOFError, ConnectionError):
             process.join(timeout)
             return False, f"died, exit code {process.exitcode}"
+
+    def _stacks_of(self, rank: int) -> str:
+        pid = self.processes[rank].pid
+        assert pid is not None
+        os.kill(pid, signal.SIGUSR1)
+        time.sleep(1)
+        return Path(self._folder.name, f"stacks-{rank}").read_text()
 
     def close(self) -> None:
         """End every process, by force where it does not end by itself."""
@@ -92,12 +104,14 @@ class Ranks:
         return not self.processes
 
 
-def _serve(rank: int, size: int, store: str, timeout: float, end: Connection) -> None:
+def _serve(rank: int, size: int, folder: str, timeout: float, end: Connection) -> None:
     faulthandler.enable()  # what every thread was doing, where a rank is ended by a signal
+    stacks = open(Path(folder, f"stacks-{rank}"), "w")  # noqa: SIM115, open as long as the rank
+    faulthandler.register(signal.SIGUSR1, stacks)
     torch.set_num_threads(1)
     os.environ.update(GLOO_SOCKET_IFNAME="lo", OMP_NUM_THREADS="1", RANK=str(rank), WORLD_SIZE=str(size))
     limit = datetime.timedelta(seconds=timeout)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size, timeout=limit)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=size, timeout=limit)
     while True:
         try:
             check, arguments = pickle.loads(end.recv_bytes())
