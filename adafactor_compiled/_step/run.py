@@ -21,7 +21,7 @@ from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.fused import launched_of
 from adafactor_compiled._step.inputs import Inputs
-from adafactor_compiled._step.nonfinite import kept_of, put_back
+from adafactor_compiled._step.undo import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan
 from adafactor_compiled._step.ranges import UNNAMED, range_of
 from adafactor_compiled._step.record import Record
@@ -33,7 +33,12 @@ Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the
 
 
 def run(
-    plan: Plan, entries: list[Entry], addresses: array[int] | None, exchanges: Sequence[Exchange], compiles: bool
+    plan: Plan,
+    entries: list[Entry],
+    addresses: array[int] | None,
+    exchanges: Sequence[Exchange],
+    compiles: bool,
+    overflowed: Tensor | None = None,
 ) -> Record:
     """Step all entries in place.
 
@@ -43,20 +48,23 @@ def run(
         addresses: of the members of its table, where it has one.
         exchanges: of sharded parameters.
         compiles: whether what is to be compiled runs compiled, by itself or as part of a graph.
+        overflowed: whether a gradient did, 0-dim, and all is to be undone, where that is not known on the host.
     """
     by_themselves = {i for i in plan.fused if skips_by_itself(entries[i].param.device)}
-    kept = kept_of(entries, plan.update_rms, by_themselves)
+    kept = kept_of(entries, plan.update_rms, by_themselves, overflowed)
     count_step(entries)
     inputs = Inputs(with_dims_last(entries, plan.moved), _draws_of(plan, entries))
     finite, at_once = _run_fused(plan, inputs, addresses, exchanges)
     measured = _run_calls(plan, inputs) if compiles else []
     measured += _run_parts(plan.uncompiled if compiles else plan.without_calls, plan, inputs)
     _keep_measured(measured, plan, inputs)
+    for i in at_once:
+        entries[i].state["step"] -= 1
     skipped = put_back(kept, [finite.get(entry.position) for entry in entries])
     for i in by_themselves:
         if entries[i].group["nonfinite"] == "skip":
-            skipped[i] = torch.tensor(i in at_once, device="cpu")
-            entries[i].state["step"] -= int(i in at_once)
+            by_kernels, undone = torch.tensor(i in at_once, device="cpu"), skipped[i]
+            skipped[i] = by_kernels if undone is None else by_kernels | undone
     params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
     return Record(params, inputs.tables, rms, plan.update_rms, skipped)
 

@@ -7,8 +7,7 @@ tensors: `grad_scale`, by which gradients are too large (None: unscaled already)
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +16,6 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype
-from adafactor_compiled._state.moments import own_tensors
 from adafactor_compiled._state.options import Group
 from adafactor_compiled._step.record import Record
 from adafactor_compiled._update.numbers import tables_of
@@ -58,35 +56,13 @@ class Scaling(NamedTuple):
         on_host = self.found_inf.device.type == "cpu" and all(entry.param.device.type == "cpu" for entry in entries)
         return on_host and not any(entry.group["capturable"] for entry in entries)
 
-    def has_overflowed(self) -> bool:
-        return bool(self.found_inf > 0)
+    @property
+    def overflowed(self) -> Tensor:
+        """Whether any gradient did, 0-dim."""
+        return (self.found_inf > 0).reshape(())
 
     def record_of_none(self, entries: list[Entry], update_rms: list[Tensor]) -> Record:
         """That no parameter was stepped."""
         ahead = [entry._replace(state={**entry.state, "step": entry.state["step"] + 1}) for entry in entries]
         params, rms = [entry.param for entry in entries], [entry.state["RMS"] for entry in entries]
-        return Record(params, tables_of(ahead), rms, update_rms, self.skipped(params, [None] * len(entries)))
-
-    @contextmanager
-    def undone_if_overflowed(self, entries: list[Entry], update_rms: list[Tensor]) -> Iterator[None]:
-        """Put parameters, state and `update_rms` back as they were, bit for bit, if a gradient overflowed."""
-        for _, param, _, state, _ in entries:
-            state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
-        tensors = [*(x for entry in entries for x in (entry.param.detach(), *own_tensors(entry.state))), *update_rms]
-        before = [x.clone() for x in tensors]
-        yield
-        for x, old, overflowed in zip(tensors, before, self._overflowed(tensors), strict=True):
-            x.copy_(torch.where(overflowed, old, x))
-
-    def skipped(self, params: list[Tensor], skipped: list[Tensor | None]) -> list[Tensor | None]:
-        """Whether each parameter was skipped, 0-dim: for an overflow, or as `skipped` has it."""
-        return [
-            overflowed if flag is None else overflowed | flag
-            for overflowed, flag in zip(self._overflowed(params), skipped, strict=True)
-        ]
-
-    def _overflowed(self, tensors: list[Tensor]) -> list[Tensor]:
-        """Whether any gradient did, 0-dim, on the device of each tensor."""
-        overflowed = (self.found_inf > 0).reshape(())
-        on = {device: overflowed.to(device, non_blocking=True) for device in {x.device for x in tensors}}
-        return [on[x.device] for x in tensors]
+        return Record(params, tables_of(ahead), rms, update_rms, [self.overflowed] * len(entries))

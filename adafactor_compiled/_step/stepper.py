@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -82,20 +81,18 @@ class Stepper:
             forget_replaced(optimizer.state, groups)
         compiles = self.compilation.compiles(plan, groups, show_progress)
         exchanges = self._exchanges_of(groups) if alone is None else ()
-        on_host = of_scaler is not None and of_scaler.is_on_host(entries)
-        if of_scaler is not None and on_host and of_scaler.has_overflowed():
-            self.records[alone] = of_scaler.record_of_none(entries, plan.update_rms)
-            return
-        undone = nullcontext() if of_scaler is None or on_host else of_scaler.undone_if_overflowed(entries, plan.update_rms)
-        with undone, counts_kept_true(entries):
-            record = run(plan, entries, addresses, exchanges, compiles)
+        overflowed = None if of_scaler is None else of_scaler.overflowed
+        if of_scaler is not None and of_scaler.is_on_host(entries):
+            if overflowed:
+                self.records[alone] = of_scaler.record_of_none(entries, plan.update_rms)
+                return
+            overflowed = None
+        with counts_kept_true(entries):
+            self.records[alone] = record = run(plan, entries, addresses, exchanges, compiles, overflowed)
         if alone is None:  # what was stepped alone before is of the past
-            self._plans, self.records = {None: kept}, {}
+            self._plans, self.records = {None: kept}, {None: record}
             if of_scaler is None:
                 self._again.learn(plan, entries, groups, exchanges)
-        if of_scaler is not None:
-            record = record._replace(skipped=of_scaler.skipped(record.params, record.skipped))
-        self.records[alone] = record
 
     def _exchanges_of(self, groups: list[Group]) -> Exchanges:
         """Of options that take turns, each time the same: to make one takes collectives."""

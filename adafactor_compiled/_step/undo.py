@@ -1,8 +1,8 @@
-"""`nonfinite="skip"`: a parameter whose gradient has a NaN or inf keeps its value and its state, step count included.
+"""What a step may have to undo: of a gradient with NaN or inf under `nonfinite="skip"`, or of any, where one has overflowed.
 
-The fused kernels of a CPU look before they write. Elsewhere the decision stays on the device: the step runs as always, and
-what it did to such a parameter is undone; that costs one copy of the parameters and the state of the groups with this option,
-and the same work whatever the gradients are.
+Such a parameter keeps its value and its state, step count included. The fused kernels of a CPU look before they write. Elsewhere
+the decision stays on the device: the step runs as always, and what it did is undone, bit for bit; that costs one copy of the
+parameters and the state in question, and the same work whatever the gradients are.
 """
 
 from __future__ import annotations
@@ -21,27 +21,41 @@ from adafactor_compiled._state.placements import local
 class Kept(NamedTuple):
     """What a step may have to put back for one entry."""
 
-    finite: Tensor  # 0-dim bool: whether the gradient is
+    stays: Tensor  # 0-dim bool: whether its step does
     tensors: list[Tensor]
     before: list[Tensor]
 
 
-def kept_of(entries: list[Entry], update_rms: list[Tensor], by_themselves: Collection[int]) -> list[Kept | None]:
-    """Copies for the entries whose group skips; None for the others, and for those whose kernels skip by themselves."""
-    return [
-        _kept(entry, rms) if entry.group["nonfinite"] == "skip" and i not in by_themselves else None
-        for i, (entry, rms) in enumerate(zip(entries, update_rms, strict=True))
-    ]
+def kept_of(
+    entries: list[Entry], update_rms: list[Tensor], by_themselves: Collection[int], overflowed: Tensor | None
+) -> list[Kept | None]:
+    """Copies for the entries whose group skips, but those whose kernels do by themselves, or for all.
 
-
-def _kept(entry: Entry, update_rms: Tensor) -> Kept:
-    entry.state["step"] = torch.as_tensor(entry.state["step"], dtype=torch.float32, device=entry.param.device)
-    tensors = [local(x).detach() for x in (entry.param, update_rms, *own_tensors(entry.state))]
-    return Kept(torch.isfinite(local(entry.grad)).all(), tensors, [x.clone() for x in tensors])
+    Args:
+        entries: of the step.
+        update_rms: of each.
+        by_themselves: the positions of those whose kernels skip.
+        overflowed: whether any gradient did, 0-dim, where that is not known on the host.
+    """
+    devices = set() if overflowed is None else {entry.param.device for entry in entries}
+    no_overflow = {device: ~overflowed.to(device, non_blocking=True) for device in devices if overflowed is not None}
+    kept: list[Kept | None] = []
+    for i, ((_, param, grad, state, group), rms) in enumerate(zip(entries, update_rms, strict=True)):
+        stays = no_overflow.get(param.device)
+        if group["nonfinite"] == "skip" and i not in by_themselves:
+            finite = torch.isfinite(local(grad)).all()
+            stays = finite if stays is None else stays & finite
+        if stays is None:
+            kept.append(None)
+            continue
+        state["step"] = torch.as_tensor(state["step"], dtype=torch.float32, device=param.device)
+        tensors = [local(x).detach() for x in (param, rms, *own_tensors(state))]
+        kept.append(Kept(stays, tensors, [x.clone() for x in tensors]))
+    return kept
 
 
 def put_back(kept: list[Kept | None], finite: list[Tensor | None]) -> list[Tensor | None]:
-    """Undo the steps of gradients that were not finite.
+    """Undo the steps that do not stay.
 
     Args:
         kept: of every entry.
@@ -50,12 +64,11 @@ def put_back(kept: list[Kept | None], finite: list[Tensor | None]) -> list[Tenso
     Returns:
         Whether each entry was skipped, 0-dim; None where it could not be.
     """
-    return [
-        None if x is None else _undone(x, x.finite if whole is None else whole) for x, whole in zip(kept, finite, strict=True)
-    ]
-
-
-def _undone(kept: Kept, finite: Tensor) -> Tensor:
-    for tensor, before in zip(kept.tensors, kept.before, strict=True):
-        tensor.copy_(torch.where(finite, tensor, before))
-    return ~finite
+    skipped: list[Tensor | None] = [None] * len(kept)
+    for i, (x, whole) in enumerate(zip(kept, finite, strict=True)):
+        if x is not None:
+            stays = x.stays if whole is None else whole
+            for tensor, before in zip(x.tensors, x.before, strict=True):
+                tensor.copy_(torch.where(stays, tensor, before))
+            skipped[i] = ~stays
+    return skipped
