@@ -8,7 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from adafactor_compiled._compile import graphs
-from adafactor_compiled._compile.calls import Graph, calls_of, view_of
+from adafactor_compiled._compile.calls import Graph, calls_of
 from adafactor_compiled._fused import launches
 from adafactor_compiled._fused.launches import Kernels
 from adafactor_compiled._state.entries import Entry
@@ -92,7 +92,7 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
                 factored=shape_class.factored,
                 momentum=shape_class.momentum is not None,
                 state_bytes=_bytes(value for i in part.positions for value in entries[i].state.values()),
-                path=part.path if launched is not None else _path(part, compiles),
+                path="multi_tensor" if part.path == "compiled" and not compiles else part.path,
                 compiled=bool(of_part) and len(known) == len(of_part),
                 compile_seconds=sum(known.values()),
             )
@@ -101,22 +101,11 @@ def summary_of(plan: Plan, entries: list[Entry], compiles: bool) -> Summary:
 
 
 def _graphs_of(part: Part) -> Sequence[Graph | Kernels]:
-    of = part.shape_class
-    return (
-        [call.graph for call in calls_of([(of, part.positions)])] if part.path == "compiled" and view_of(of) is not None else []
-    )
+    return [call.graph for call in calls_of([(part.shape_class, part.positions)])] if part.path == "compiled" else []
 
 
 def _seconds_of(key: Graph | Kernels) -> float | None:
     return graphs.seconds_of(key) if isinstance(key, Graph) else launches.seconds_of(key)
-
-
-def _path(part: Part, compiles: bool) -> str:
-    """Of what kernels do not step."""
-    of, path = part.shape_class, part.path
-    if path == "fused" or (path == "compiled" and not (compiles and view_of(of))):
-        return "multi_tensor" if of.plain else "reference"
-    return path
 
 
 def _bytes(values: Iterable[object]) -> int:

@@ -21,7 +21,7 @@ from adafactor_compiled._sharded.members import SPLITS
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import factored_dims
 from adafactor_compiled._state.placements import Origin, Split
-from adafactor_compiled._state.shape_class import shape_class_of
+from adafactor_compiled._state.shape_class import class_of
 from adafactor_compiled._update.numbers import plain_numbers
 from adafactor_compiled._update.rounding import draws_of
 
@@ -80,7 +80,7 @@ class Rank:
         self.origins = [x.origin(begin) for x, (begin, _) in zip(shared, self.windows, strict=True)]
         members = []
         for x, entry, origin in zip(shared, self.entries, self.origins, strict=True):
-            of = shape_class_of(entry.param, entry.grad, self.group)._replace(factored=x.factored)
+            of = class_of(entry)._replace(factored=x.factored)
             placed = Placed(entry.param, None, (), 0, [], x.split, origin)  # type: ignore[arg-type]
             members.append(member_of(entry, of, torch.zeros_like(entry.state["RMS"]), placed))
         self.table = Table(members)

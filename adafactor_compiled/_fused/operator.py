@@ -34,7 +34,11 @@ def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequ
         tables: the numbers of each.
         draws: of each that is rounded stochastically, else None.
     """
-    for chosen in group_by_key(_kind_of(entry) for entry in entries).values():
+    kinds = (
+        (p.device, p.dtype, g.dtype, momentum_of(p.dtype, group), wants_rounding(p.dtype, group))
+        for _, p, g, _, group in entries
+    )
+    for chosen in group_by_key(kinds).values():
         some = [entries[i] for i in chosen]
         factored = [factored_dims(x.param.shape, x.group) is not None for x in some]
         states = [x.state for x in some]
@@ -52,11 +56,6 @@ def step_members(entries: Sequence[Entry], tables: Sequence[Tensor], draws: Sequ
             factored,
             is_cautious(momentum),
         )
-
-
-def _kind_of(entry: Entry) -> tuple[object, ...]:
-    p, group = entry.param, entry.group
-    return p.device, p.dtype, entry.grad.dtype, momentum_of(p.dtype, group), wants_rounding(p.dtype, group)
 
 
 @torch.library.custom_op("adafactor_compiled::step", mutates_args=("params", "rows", "cols", "exp_avgs", "rms"))

@@ -15,6 +15,7 @@ from adafactor_compiled._fused.gpu import layout as gpu_layout
 from adafactor_compiled._fused.launches import ADDRESSES, Launch, launches_of
 from adafactor_compiled._fused.members import Member
 from adafactor_compiled._fused.pieces import NUMBERS, ROW, STEP, G, P, Piece
+from adafactor_compiled._state.entries import without_memory
 from adafactor_compiled._state.layout import compute_dtype
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._update.numbers import Numbers, to_device
@@ -195,8 +196,7 @@ def _chosen(table: array[int], positions: Sequence[int]) -> array[int]:
 
 
 def _without_memory(x: Member, column: int) -> RuntimeError:
-    what = {P: "", G: "the gradient of "}.get(column, "the state of ")
-    return RuntimeError(f"{what}parameter {x.position} (shape {tuple(x.param.shape)}) has no memory; nothing was stepped")
+    return without_memory({P: "", G: "the gradient of "}.get(column, "the state of "), x.position, x.param)
 
 
 def _is_there(x: Tensor, size: int) -> bool:

@@ -98,15 +98,11 @@ def step(exchanges: Exchanges, jobs: Sequence[Job], launched: Launched | None) -
 
 def _with_draws(jobs: Sequence[Job], slots: dict[int, Slot]) -> list[Job]:
     """The jobs with what determines the noise of their pieces: that of the same elements of an unsharded parameter."""
-    rounding = [job.entry for job in jobs if _rounds(job.entry)]
+    rounding = [x for x, *_ in jobs if wants_rounding(x.param.dtype, x.group)]
     # One that has no origin raises here: its option was switched on by hand.
     origins = [slots[x.position].origin or origin_in(x.param, x.group, x.position) for x in rounding]
     draws = dict(zip((x.position for x in rounding), draws_of_entries(rounding, origins), strict=True))
     return [job._replace(draws=draws.get(job.entry.position)) for job in jobs]
-
-
-def _rounds(entry: Entry) -> bool:
-    return wants_rounding(entry.param.dtype, entry.group)
 
 
 class _Piece:

@@ -59,9 +59,13 @@ def _readable(param: Tensor, grad: Tensor, position: int) -> Tensor:
     if plain and not (grad.data_ptr() and param.data_ptr()) and grad.numel() and not grad.is_meta:
         for name, x in (("", param), ("the gradient of ", grad)):
             if x.numel() and not x.untyped_storage().nbytes():
-                raise RuntimeError(f"{name}parameter {position} (shape {tuple(x.shape)}) has no memory; nothing was stepped")
+                raise without_memory(name, position, param)
         return grad.clone()
     return grad.resolve_neg() if grad.is_neg() else grad
+
+
+def without_memory(what: str, position: int, param: Tensor) -> RuntimeError:
+    return RuntimeError(f"{what}parameter {position} (shape {tuple(param.shape)}) has no memory; nothing was stepped")
 
 
 def entries_of_all(groups: Sequence[Group], state: Mapping[Tensor, State]) -> list[Entry]:
@@ -93,13 +97,3 @@ def path_of(group: Group, param: Tensor | None = None) -> str:
     if fused or (fused is None and foreach is None and compile is None):
         return "fused"
     return "multi_tensor" if compile is False else "compiled"
-
-
-def count_step(entries: list[Entry]) -> None:
-    """Raise the step counts; those in tensors, a kernel each otherwise, by one call."""
-    counts = [entry.state["step"] for entry in entries if isinstance(entry.state["step"], Tensor)]
-    if counts:
-        torch._foreach_add_(counts, 1)
-    for entry in entries:
-        if not isinstance(entry.state["step"], Tensor):
-            entry.state["step"] += 1

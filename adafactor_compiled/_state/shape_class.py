@@ -12,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafactor_compiled._state.entries import PLAIN, Entry
 from adafactor_compiled._state.moments import Momentum, factored_dims, momentum_of
-from adafactor_compiled._state.options import Group, wants_rounding
+from adafactor_compiled._state.options import wants_rounding
 
 
 class ShapeClass(NamedTuple):
@@ -38,7 +39,11 @@ class ShapeClass(NamedTuple):
         return self.factored and self.shape[-2:] == (1, 1)
 
 
-def shape_class_of(param: Tensor, grad: Tensor, group: Group, plain: bool = True) -> ShapeClass:
+def class_of(entry: Entry) -> ShapeClass:
+    _, param, grad, state, group = entry
+    tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
+    # A class of parameters may be derived from Parameter for its name alone.
+    plain = all(type(x) is Tensor for x in tensors) and (type(param) in PLAIN or type(param.detach()) is Tensor)
     return ShapeClass(
         tuple(param.shape),
         param.stride(),
@@ -49,5 +54,5 @@ def shape_class_of(param: Tensor, grad: Tensor, group: Group, plain: bool = True
         factored_dims(param.shape, group) is not None,
         momentum_of(param.dtype, group),
         wants_rounding(param.dtype, group),
-        plain,
+        plain and (torch.compiler.is_compiling() or not param.is_neg()),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import cast
 
 from torch import Tensor
@@ -14,26 +13,20 @@ from adafactor_compiled._state.options import Group
 from adafactor_compiled._state.placements import Origin, origin_of
 
 
-def is_moved(entry: Entry) -> bool:
-    return dims_last(entry.param, entry.group) is not entry.param
-
-
-def with_dims_last(entries: list[Entry], positions: Sequence[int]) -> list[Entry]:
-    """The entries, those at `positions` as views."""
-    if not positions:
-        return entries
-    entries = list(entries)
-    for i in positions:
-        entries[i] = _moved(entries[i])
-    return entries
-
-
-def dims_last(x: Tensor, group: Group) -> Tensor:
-    """A parameter, or what has its dimensions, with rows and columns last."""
-    return moved(x, factored_dims(x.shape, group))
+def with_dims_last(entry: Entry) -> Entry:
+    """An entry as views, with rows and columns last; itself where they are."""
+    position, param, grad, state, group = entry
+    dims = factored_dims(param.shape, group)
+    if dims is None or moved(param, dims) is param:
+        return entry
+    row, col = state["exp_avg_sq_row"].movedim(dims[0], -1), state["exp_avg_sq_col"].movedim(dims[1] - 1, -1)
+    of_momentum = {} if group["beta1"] is None else {"exp_avg": moved(state["exp_avg"], dims)}
+    state = {**state, "exp_avg_sq_row": row, "exp_avg_sq_col": col, **of_momentum}
+    return Entry(position, moved(param, dims), moved(grad, dims), state, group)
 
 
 def moved(x: Tensor, dims: tuple[int, int] | None) -> Tensor:
+    """A parameter, or what has its dimensions, with these last."""
     return x if dims in (None, (x.ndim - 2, x.ndim - 1)) else x.detach().movedim(dims, (-2, -1))
 
 
@@ -53,13 +46,3 @@ def origin_in(param: Tensor, group: Group, index: int) -> Origin:
             f"but parameter {index} of shape {tuple(param.shape)} has placements {param.placements} on {param.device_mesh}"
         )
     return origin
-
-
-def _moved(entry: Entry) -> Entry:
-    state, group = dict(entry.state), entry.group
-    row, column = factored_dims(entry.param.shape, group) or (-2, -1)
-    state["exp_avg_sq_row"] = state["exp_avg_sq_row"].movedim(row, -1)
-    state["exp_avg_sq_col"] = state["exp_avg_sq_col"].movedim(column - 1, -1)
-    if entry.group["beta1"] is not None:
-        state["exp_avg"] = dims_last(state["exp_avg"], group)
-    return entry._replace(param=dims_last(entry.param, group), grad=dims_last(entry.grad, group), state=state)

@@ -31,12 +31,14 @@ class Compilation:
 
     def make_ready(self, entries: list[Entry], groups: Sequence[Group], show_progress: bool | None) -> None:
         """Compile all that steps of these entries need."""
-        plan = plan_of(entries, None, self.fused)
-        if not self.has_kernels(plan, groups, show_progress):
-            plan = plan_of(entries, None, False)
-        self.compiles(plan, groups, show_progress)
+        self.compiles(self.plan_of(entries, None, groups, show_progress), groups, show_progress)
 
-    def has_kernels(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
+    def plan_of(self, entries: list[Entry], last: Plan | None, groups: Sequence[Group], show_progress: bool | None) -> Plan:
+        """The plan of a step, all kernels of which are there; see `plan_of`, and `_has_kernels` for what it raises."""
+        plan = plan_of(entries, last, self.fused)
+        return plan if plan is last or self._has_kernels(plan, groups, show_progress) else plan_of(entries, None, False)
+
+    def _has_kernels(self, plan: Plan, groups: Sequence[Group], show_progress: bool | None) -> bool:
         """Whether all fused kernels of a plan are there; what they lack is compiled.
 
         Raises:
@@ -54,7 +56,7 @@ class Compilation:
             warnings.warn(
                 f"Adafactor steps without its fused kernels, since {cause}; {remedy}, or pass `compile=False`, which takes the "
                 "multi-tensor path without this warning",
-                stacklevel=6,  # past torch's wrappers of `step`
+                stacklevel=7,  # past torch's wrappers of `step`
             )
         return self.fused
 

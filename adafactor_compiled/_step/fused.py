@@ -10,16 +10,15 @@ import torch
 from torch import Tensor
 
 from adafactor_compiled._fused.launches import ADDRESSES
-from adafactor_compiled._fused.members import bytes_of
+from adafactor_compiled._fused.members import bytes_of, of_this_rank
 from adafactor_compiled._fused.pieces import NUMBERS
 from adafactor_compiled._fused.table import Found, overlapping
-from adafactor_compiled._sharded.members import localized
 from adafactor_compiled._sharded.step import Launched
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._step.inputs import Inputs
 from adafactor_compiled._step.plan import Plan
 
-ONE_BY_ONE = {"reference", "sharded"}
+TOGETHER = {"compiled", "multi_tensor"}
 
 
 def makes_fakes() -> bool:
@@ -43,10 +42,10 @@ def gathered(plan: Plan, entries: Sequence[Entry]) -> Gathered:
         return Gathered(None, shared)
     if makes_fakes():
         raise RuntimeError("parameters that have memory cannot step in a mode that makes fake tensors; nothing was stepped")
-    chosen = [entries[i] if x.placed is None else localized(entries[i]) for i, x in zip(plan.fused, table.members, strict=True)]
-    grads = [x.grad for x in chosen]
-    tensors = table.tensors([x.param for x in chosen], grads, [x.state for x in chosen])
-    addresses = table.addresses_of(tensors, [0] * len(chosen))
+    chosen = [entries[i] for i in plan.fused]
+    wholes = [x.param for x in chosen], [x.grad for x in chosen], [x.state for x in chosen]
+    params, grads, states = of_this_rank(table.members, *wholes)
+    addresses = table.addresses_of(table.tensors(params, grads, states), [0] * len(chosen))
     shared |= {plan.fused[j] for j in table.conflicts(addresses, grads)}
     return Gathered(addresses, shared)
 
@@ -56,13 +55,12 @@ def _sharing(plan: Plan, entries: Sequence[Entry]) -> set[int]:
 
     Operations that step several parameters at once (`q.data = p.data`) would lose the step of one.
     """
-    spans, launched = [], set(plan.fused)
+    spans = []
     for path, of, positions in plan.parts:
-        if path in ONE_BY_ONE or not of.plain or not of.numel or of.device.type == "meta":
-            continue
-        size = bytes_of(of.shape, of.stride, of.dtype)
-        starts = [(entries[i].param.data_ptr(), i) for i in positions if i not in launched]
-        spans += [(start, start + size, True, i) for start, i in starts]
+        if path in TOGETHER and of.numel and of.device.type != "meta":
+            size = bytes_of(of.shape, of.stride, of.dtype)
+            starts = [(entries[i].param.data_ptr(), i) for i in positions]
+            spans += [(start, start + size, True, i) for start, i in starts]
     return overlapping(sorted(spans))
 
 

@@ -2,33 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from torch.nn import Parameter
 
 from adafactor_compiled._compile.calls import Call, calls_of, view_of
-from adafactor_compiled._fused.launches import Kernels, kernels_of, skips_by_itself
+from adafactor_compiled._fused.launches import Kernels, kernels_of
 from adafactor_compiled._fused.members import Member, member_of
 from adafactor_compiled._fused.table import Table
-from adafactor_compiled._sharded.members import localized, placed_of
+from adafactor_compiled._sharded.members import member_of_piece
 from adafactor_compiled._state.entries import Entry, path_of
 from adafactor_compiled._state.guard import Guard, are_same
 from adafactor_compiled._state.layout import group_by_key
-from adafactor_compiled._state.moments import check, complete, factored_dims, is_left_by_inference, own_tensors
+from adafactor_compiled._state.moments import check, complete, is_left_by_inference, own_tensors
 from adafactor_compiled._state.options import LAYOUT, Group, check_gradient
 from adafactor_compiled._state.placements import address_of, check_gradient_placements
-from adafactor_compiled._state.shape_class import ShapeClass, shape_class_of
-from adafactor_compiled._state.views import is_moved, with_dims_last
+from adafactor_compiled._state.shape_class import ShapeClass, class_of
+from adafactor_compiled._state.views import with_dims_last
+
+
+class Route(NamedTuple):
+    """How an entry steps."""
+
+    path: str  # "fused", "compiled", "multi_tensor", "reference" or "sharded"
+    of: ShapeClass
+    member: Member | None = None  # of what kernels step, but inside of an outer graph
 
 
 class Part(NamedTuple):
-    """A shape class, and what steps it where that can be done."""
+    """A shape class, and what steps it."""
 
-    path: str  # "fused", "compiled", "multi_tensor", "reference" or "sharded"
+    path: str
     shape_class: ShapeClass
     positions: list[int]
 
@@ -39,8 +46,6 @@ class Plan(NamedTuple):
     fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
     table: Table | None
     calls: list[Call]  # of compiled graphs
-    uncompiled: list[Part]  # what no call steps, by the multi-tensor or the reference path
-    without_calls: list[Part]  # the same where nothing is compiled
     sharded: list[int]  # the positions of DTensors that are not among the members of the table
     moved: list[int]  # of what is factored over other dimensions than its last two
     update_rms: list[Tensor]  # of each entry, 0-dim: the RMS of its last update before clipping
@@ -83,63 +88,39 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         check(entry.state, entry.param, entry.group, entry.position)
     for entry in entries:
         complete(entry.state, entry.param, entry.group)
-    moved = [i for i, entry in enumerate(entries) if is_moved(entry)]
-    seen = with_dims_last(entries, moved)
-    classes = [(_path_of(x, fused, i in apart), _class_of(x)) for i, x in enumerate(seen)]
-    for i in moved:
-        path, of = classes[i]
-        factors = seen[i].state["exp_avg_sq_row"], seen[i].state["exp_avg_sq_col"]
-        if path in ("fused", "compiled") and not all(x.is_contiguous() for x in factors):
-            classes[i] = "multi_tensor", of  # others take factors that lie as their parameter
     inline = torch.compiler.is_compiling()
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
-    launched, members = [], []
-    for i, (path, of) in enumerate(classes):
-        member = None
-        if path == "fused" and kernels_of(of) is not None:
-            launched.append(i)
-            member = None if inline else member_of(entries[i], of, update_rms[i])
-        elif path == "sharded" and fused and not inline and i not in moved and i not in apart:
-            member = _piece_of(entries[i], update_rms[i])
-            if member is not None:
-                launched.append(i)
-                classes[i] = "fused", member.of
-        members += [] if member is None else [member]
-    called = [] if inline else [i for i, (path, of) in enumerate(classes) if path == "compiled" and view_of(of) is not None]
-    sharded = [i for i, (path, _) in enumerate(classes) if path == "sharded"]
+    routes = [_route_of(x, rms, fused, i in apart) for i, (x, rms) in enumerate(zip(entries, update_rms, strict=True))]
+    members = [x.member for x in routes if x.member is not None]
+    parts = [Part(*key, at) for key, at in group_by_key((x.path, x.of) for x in routes).items()]
     return Plan(
         None if inline or not entries else Looked.at(entries),
-        _parts_of(classes, range(len(entries))),
-        launched,
+        parts,
+        [i for i, x in enumerate(routes) if x.path == "fused"],
         Table(members) if members else None,
-        calls_of((x.shape_class, x.positions) for x in _parts_of(classes, called)),
-        _uncompiled(classes, {*launched, *called, *sharded}),
-        _uncompiled(classes, {*launched, *sharded}),
-        sharded,
-        moved,
+        calls_of((x.shape_class, x.positions) for x in parts if x.path == "compiled"),
+        [i for i, x in enumerate(routes) if x.path == "sharded"],
+        [i for i, x in enumerate(entries) if with_dims_last(x) is not x],
         update_rms,
     )
 
 
-def _piece_of(entry: Entry, update_rms: Tensor) -> Member | None:
-    """A DTensor as a member, if kernels are wanted, and can step this rank's piece."""
-    placed = placed_of(entry) if path_of(entry.group) == "fused" else None
-    if placed is None:
-        return None
-    local = localized(entry)
-    if placed.split is not None and entry.group["nonfinite"] == "skip" and not skips_by_itself(local.param.device):
-        return None  # whether it is to be undone is another number that ranks add up, which only operations of torch do
-    if local.param.dtype != entry.param.dtype:  # a DTensor whose `data` was set, which its piece does not learn of
-        return None
-    of = _class_of(local)._replace(factored=factored_dims(entry.param.shape, entry.group) is not None)
-    return None if kernels_of(of, placed.split) is None else member_of(local, of, update_rms, placed)
-
-
-def _path_of(entry: Entry, fused: bool, apart: bool) -> str:
-    path = path_of(entry.group, entry.param)
-    if apart and path != "sharded":
-        return "reference"
-    return "compiled" if path == "fused" and not fused else path
+def _route_of(entry: Entry, update_rms: Tensor, fused: bool, apart: bool) -> Route:
+    """The route of an entry that was checked; `apart`, it steps alone."""
+    inline, seen, path = torch.compiler.is_compiling(), with_dims_last(entry), path_of(entry.group, entry.param)
+    of = class_of(seen)
+    if path == "sharded":
+        wanted = fused and path_of(entry.group) == "fused" and seen is entry and not (apart or inline)
+        member = member_of_piece(entry, update_rms) if wanted else None
+        return Route("sharded", of) if member is None else Route("fused", member.of, member)
+    if apart or path == "reference" or not of.plain:
+        return Route("reference", of)
+    if seen is not entry and not all(seen.state[key].is_contiguous() for key in ("exp_avg_sq_row", "exp_avg_sq_col")):
+        return Route("multi_tensor", of)  # others take factors that lie as their parameter
+    if path == "fused" and fused and kernels_of(of) is not None:
+        return Route("fused", of, None if inline else member_of(entry, of, update_rms))
+    compiled = path == "compiled" or (path == "fused" and not fused)
+    return Route("compiled" if compiled and not inline and view_of(of) is not None else "multi_tensor", of)
 
 
 def options_of(group: Group) -> tuple[Any, ...]:
@@ -186,23 +167,3 @@ def _looks_of(entries: list[Entry]) -> tuple[tuple[object, ...], list[object], l
     kept = [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
     tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]
     return facts, kept, tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]
-
-
-def _class_of(entry: Entry) -> ShapeClass:
-    _, param, grad, state, group = entry
-    tensors = [grad, *(x for x in state.values() if isinstance(x, Tensor))]
-    # A class of parameters may be derived from Parameter for its name alone.
-    plain = all(type(x) is Tensor for x in tensors) and (type(param) in (Tensor, Parameter) or type(param.detach()) is Tensor)
-    return shape_class_of(param, grad, group, plain and (torch.compiler.is_compiling() or not param.is_neg()))
-
-
-def _parts_of(classes: list[tuple[str, ShapeClass]], positions: Iterable[int]) -> list[Part]:
-    positions = list(positions)
-    by_class = group_by_key(classes[i] for i in positions)
-    return [Part(*key, [positions[j] for j in chosen]) for key, chosen in by_class.items()]
-
-
-def _uncompiled(classes: list[tuple[str, ShapeClass]], others: Collection[int]) -> list[Part]:
-    """All but the others: plain tensors by the multi-tensor path, unless they ask for the reference path."""
-    eager = [("reference" if path == "reference" or not of.plain else "multi_tensor", of) for path, of in classes]
-    return _parts_of(eager, (i for i in range(len(classes)) if i not in others))

@@ -14,21 +14,22 @@ from adafactor_compiled._fused.launches import skips_by_itself
 from adafactor_compiled._fused.operator import step_members
 from adafactor_compiled._sharded import step as sharded
 from adafactor_compiled._sharded.exchange import Exchange
-from adafactor_compiled._state.entries import Entry, count_step
+from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.layout import compute_dtype, group_by_key
 from adafactor_compiled._state.options import wants_rounding
 from adafactor_compiled._state.placements import Origin
 from adafactor_compiled._state.views import with_dims_last
 from adafactor_compiled._step.fused import launched_of
 from adafactor_compiled._step.inputs import Inputs
-from adafactor_compiled._step.undo import kept_of, put_back
 from adafactor_compiled._step.plan import Part, Plan
 from adafactor_compiled._step.ranges import UNNAMED, range_of
 from adafactor_compiled._step.record import Record
+from adafactor_compiled._step.undo import kept_of, put_back
 from adafactor_compiled._update import multi_tensor, reference
 from adafactor_compiled._update.members import one_by_one
 from adafactor_compiled._update.rounding import draws_of_entries
 
+EAGER = {"multi_tensor", "reference"}
 Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the RMS of each and of its update, [2, k]
 
 
@@ -52,11 +53,18 @@ def run(
     """
     by_themselves = {i for i in plan.fused if skips_by_itself(entries[i].param.device)}
     kept = kept_of(entries, plan.update_rms, by_themselves, overflowed)
-    count_step(entries)
-    inputs = Inputs(with_dims_last(entries, plan.moved), _draws_of(plan, entries))
+    counts = [entry.state["step"] for entry in entries if isinstance(entry.state["step"], Tensor)]
+    if counts:  # by one call: each would be a kernel
+        torch._foreach_add_(counts, 1)
+    for entry in entries:
+        if not isinstance(entry.state["step"], Tensor):
+            entry.state["step"] += 1
+    seen = [with_dims_last(x) for x in entries] if plan.moved else entries
+    inputs = Inputs(seen, _draws_of(plan, entries))
     finite, at_once = _run_fused(plan, inputs, addresses, exchanges)
     measured = _run_calls(plan, inputs) if compiles else []
-    measured += _run_parts(plan.uncompiled if compiles else plan.without_calls, plan, inputs)
+    eager = EAGER if compiles else {*EAGER, "compiled"}
+    measured += _run_parts([x for x in plan.parts if x.path in eager], plan, inputs)
     _keep_measured(measured, plan, inputs)
     for i in at_once:
         entries[i].state["step"] -= 1
@@ -115,11 +123,12 @@ def _run_calls(plan: Plan, inputs: Inputs) -> Measured:
 def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
     """Step parts eagerly, or in an outer graph; the reference path puts what it measures where it is kept."""
     measured: Measured = []
-    by_kind = group_by_key((x.path, x.shape_class.device, compute_dtype(x.shape_class.dtype)) for x in parts)
-    for (path, _, _), chosen in by_kind.items():
+    by_kind = group_by_key((x.path == "reference", x.shape_class.device, compute_dtype(x.shape_class.dtype)) for x in parts)
+    for (alone, _, _), chosen in by_kind.items():
         some = [parts[j] for j in chosen]
+        path = "reference" if alone else "multi_tensor"
         with range_of(some[0].shape_class, sum(len(x.positions) for x in some), path):
-            together = group_by_key(path == "multi_tensor" and not one_by_one(x.shape_class, len(x.positions)) for x in some)
+            together = group_by_key(not alone and not one_by_one(x.shape_class, len(x.positions)) for x in some)
             at_once = [some[j] for j in together.get(True, [])]
             if at_once:
                 classes = [inputs.members(x.shape_class, x.positions) for x in at_once]

@@ -69,9 +69,7 @@ class Stepper:
             run(plan_of(entries, None), entries, None, exchanges_of(groups, []), True)
             return
         last = self._plans.get(alone)
-        plan = plan_of(entries, last, self.compilation.fused)
-        if plan is not last and not self.compilation.has_kernels(plan, groups, show_progress):
-            plan = plan_of(entries, None, False)
+        plan = self.compilation.plan_of(entries, last, groups, show_progress)
         kept, (addresses, shared) = plan, gathered(plan, entries)
         if shared:  # one after the other, and looked at again in the next step
             plan = plan_of(entries, None, self.compilation.fused, shared)

@@ -1,8 +1,8 @@
-"""What a step may have to undo: of a gradient with NaN or inf under `nonfinite="skip"`, or of any, where one has overflowed.
+"""What a step may have to undo: of a gradient that is not finite under `nonfinite="skip"`, or all, where one has overflowed.
 
-Such a parameter keeps its value and its state, step count included. The fused kernels of a CPU look before they write. Elsewhere
-the decision stays on the device: the step runs as always, and what it did is undone, bit for bit; that costs one copy of the
-parameters and the state in question, and the same work whatever the gradients are.
+Such a parameter keeps its value and its state, step count included. The fused kernels of a CPU look before they write.
+Elsewhere the decision stays on the device: the step runs as always, and what it did is undone, bit for bit; that costs one copy
+of the parameters and the state in question, and the same work whatever the gradients are.
 """
 
 from __future__ import annotations

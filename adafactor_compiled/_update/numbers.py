@@ -47,19 +47,15 @@ class Numbers(NamedTuple):
         return Numbers(*(x.reshape(x.shape + (1,) * ndim) if isinstance(x, Tensor) else x for x in self))
 
 
-def relative_lr(group: Group, step: Any) -> Any:
-    """The learning rate of `relative_step`, of a step count that is an int or a tensor."""
+def unscaled_lr(group: Group, step: Any) -> Any:
+    """The learning rate before it is scaled, of a step count that is an int or a tensor."""
+    if not group["relative_step"]:
+        lr = group["lr"]
+        return lr.reshape(()) if isinstance(lr, Tensor) else lr  # it may have a dimension of size 1
     if isinstance(step, Tensor):
         rate = step.rsqrt()
         return torch.minimum(1e-6 * step, rate) if group["warmup_init"] else rate.clamp(max=1e-2)
     return min(1e-6 * step if group["warmup_init"] else 1e-2, 1.0 / math.sqrt(step))
-
-
-def unscaled_lr(group: Group, step: Any) -> Any:
-    if group["relative_step"]:
-        return relative_lr(group, step)
-    lr = group["lr"]
-    return lr.reshape(()) if isinstance(lr, Tensor) else lr  # it may have a dimension of size 1
 
 
 def one_minus_beta2_of(group: Group, step: Any) -> Any:
@@ -101,30 +97,26 @@ def numbers_of_entry(entry: Entry) -> Numbers:
     return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
 
 
-def numbers_of(group: Group, step: int | Tensor, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The numbers of one group at one step count, as a vector of shape [len(Numbers)], or [k, len(Numbers)] where `step`
-    is a vector of k step counts.
-
-    Nothing is read from a tensor: a tensor learning rate or step count reaches the result on its device.
-    """
-    if isinstance(step, Tensor):
-        return _filled(plain_numbers(group, step), step.shape, dtype, device)
-    return _tables_of([plain_numbers(group, step)], dtype, device)[0]
-
-
 def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
-    """The numbers of each entry, a vector on its device; made once for entries of one group at one step."""
+    """The numbers of each entry, a vector on its device; made once for entries of one group at one step.
+
+    Nothing is read from a tensor: a learning rate or step count in one reaches the result on its device.
+    """
     tables: list[Tensor] = [None] * len(entries)  # type: ignore[list-item]
-    by_key = group_by_key(
-        (index, compute_dtype(entry.param.dtype), entry.param.device, _count(entry.state["step"]))
-        for index, entry in zip(_group_indices(entries), entries, strict=True)
-    )
+    keys, index, last = [], -1, None
+    for _, param, _, state, group in entries:
+        if group is not last:  # its `id` would be guarded by an outer graph, and load_state_dict makes new groups
+            index, last = index + 1, group
+        count = None if isinstance(state["step"], Tensor) else state["step"]
+        keys.append((index, compute_dtype(param.dtype), param.device, count))
     plain: dict[tuple[torch.dtype, torch.device], list[tuple[list[int], Numbers]]] = {}
-    for (_, dtype, device, count), positions in by_key.items():
+    for (_, dtype, device, count), positions in group_by_key(keys).items():
         group = entries[positions[0]].group
         if count is None:
             steps = torch.stack([entries[i].state["step"].reshape(()) for i in positions]).to(dtype)
-            for i, row in zip(positions, numbers_of(group, steps, dtype, device).unbind(), strict=True):
+            for i, row in zip(
+                positions, _filled(plain_numbers(group, steps), steps.shape, dtype, device).unbind(), strict=True
+            ):
                 tables[i] = row
         else:
             plain.setdefault((dtype, device), []).append((positions, plain_numbers(group, count)))
@@ -145,21 +137,6 @@ def _tables_of(rows: Sequence[Numbers], dtype: torch.dtype, device: torch.device
 
 def _filled(row: Numbers, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
     return torch.stack([_fill(x, shape, dtype, device) for x in row], -1)
-
-
-def _group_indices(entries: Sequence[Entry]) -> list[int]:
-    """The number of each entry's group. Its `id` would be guarded by an outer graph, and load_state_dict makes new groups."""
-    indices, index, last = [], -1, None
-    for entry in entries:
-        if entry.group is not last:
-            index, last = index + 1, entry.group
-        indices.append(index)
-    return indices
-
-
-def _count(step: int | Tensor) -> int | None:
-    """A step count as a key; None where it lives in a tensor, which is not read."""
-    return None if isinstance(step, Tensor) else step
 
 
 def _fill(value: Any, shape: Sequence[int], dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -212,10 +189,5 @@ def clip_divisor(numbers: Numbers, update_rms: Tensor) -> Tensor:
 def scale_and_decay(numbers: Numbers, param_rms: Tensor, update_rms: Tensor) -> tuple[Tensor, Tensor]:
     """What the update before clipping is multiplied by, and what share of the parameter decays."""
     alpha = step_size(numbers, param_rms)
-    return numbers.sign * alpha / clip_divisor(numbers, update_rms), decay_of(numbers, alpha)
-
-
-def decay_of(numbers: Numbers, alpha: Tensor) -> Tensor:
-    """What share of the parameter decays, at a learning rate in use."""
     decay: Tensor = numbers.weight_decay * torch.where(numbers.decay_by_lr > 0, alpha, 1.0)
-    return decay
+    return numbers.sign * alpha / clip_divisor(numbers, update_rms), decay

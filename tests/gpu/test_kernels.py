@@ -128,7 +128,7 @@ def test_every_kind_of_launch(on_gpu: Memory, path: dict[str, Any]) -> None:
         param.grad = torch.randn_like(param)
     optimizer.step()
     assert kinds_of(optimizer) == {MATRICES, SHORT, SLICES, VECTORS}
-    assert not optimizer._stepper._plans[None].uncompiled
+    assert {part.path for part in optimizer._stepper._plans[None].parts} == {"fused"}
     assert all(line.path == "fused" and line.compiled for line in optimizer.summary().classes)
     assert on_gpu.accesses
 
