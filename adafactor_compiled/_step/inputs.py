@@ -10,7 +10,7 @@ from torch import Tensor
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.shape_class import ShapeClass
 from adafactor_compiled._update.members import Members
-from adafactor_compiled._update.numbers import Numbers, numbers_of_entry, tables_of
+from adafactor_compiled._update.numbers import Numbers, plain_numbers, tables_of
 
 
 class Inputs:
@@ -46,11 +46,13 @@ class Inputs:
 
     def _numbers_of(self, positions: Sequence[int]) -> Numbers:
         """Python numbers, where all have the same and no input is a tensor."""
-        first = self.tables[positions[0]]
-        if not torch.compiler.is_compiling() and all(self.tables[i] is first for i in positions):
+        first, entry = self.tables[positions[0]], self.entries[positions[0]]
+        count = entry.state["step"]
+        alike = not isinstance(count, Tensor) and all(self.tables[i] is first for i in positions)
+        if alike and not torch.compiler.is_compiling():
             numbers = self._numbers.get(id(first))
             if numbers is None:
-                numbers = self._numbers[id(first)] = numbers_of_entry(self.entries[positions[0]])
+                numbers = self._numbers[id(first)] = plain_numbers(entry.group, count)
             if not any(isinstance(x, Tensor) for x in numbers):
                 return numbers
         return Numbers.of(self._stack(positions))

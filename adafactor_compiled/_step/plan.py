@@ -41,7 +41,8 @@ class Part(NamedTuple):
 
 
 class Plan(NamedTuple):
-    looked_at: Looked | None  # None inside of an outer graph
+    # What it depends on, tensors by a guard; None inside of an outer graph, or of a mode that makes something else of tensors.
+    looked_at: tuple[tuple[object, ...], list[object], Guard] | None
     parts: list[Part]
     fused: list[int]  # the positions of the members of the table, or, inside of an outer graph, of its operator
     table: Table | None
@@ -55,14 +56,12 @@ class Plan(NamedTuple):
         """What launches run."""
         return [] if self.table is None else [launch.kernels for launch in self.table.launches]
 
-    def is_for(self, entries: list[Entry]) -> bool:
-        """Whether these are its entries, and as they were."""
-        if self.looked_at is None or not entries:
+    def is_for(self, looks: Looks) -> bool:
+        """Whether all that it depends on is as it was."""
+        if self.looked_at is None or is_left_by_inference(self.update_rms[0]):
             return False
-        made = self.update_rms[0]
-        if type(made) is not type(entries[0].state.get("RMS")) or is_left_by_inference(made):
-            return False  # made in a mode that has ended, or has begun
-        return self.looked_at.holds(entries)
+        facts, kept, guard = self.looked_at
+        return looks.facts == facts and are_same(looks.kept, kept) and guard.holds(looks.tensors)
 
 
 def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: Collection[int] = ()) -> Plan:
@@ -80,7 +79,7 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     Raises:
         RuntimeError: a gradient or a state does not fit its parameter; nothing has changed.
     """
-    if last is not None and last.is_for(entries):
+    if last is not None and last.is_for(_looks_of(entries)):
         return last
     for entry in entries:
         check_gradient(entry.param, entry.grad, entry.position)
@@ -92,9 +91,13 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
     routes = [_route_of(x, rms, fused, i in apart) for i, (x, rms) in enumerate(zip(entries, update_rms, strict=True))]
     members = [x.member for x in routes if x.member is not None]
+    looked_at = None
+    if entries and not inline and type(update_rms[0]) is type(entries[0].state["RMS"]):
+        facts, kept, tensors = _looks_of(entries)
+        looked_at = facts, kept, Guard(tensors)
     parts = [Part(*key, at) for key, at in group_by_key((x.path, x.of) for x in routes).items()]
     return Plan(
-        None if inline or not entries else Looked.at(entries),
+        looked_at,
         parts,
         [i for i, x in enumerate(routes) if x.path == "fused"],
         Table(members) if members else None,
@@ -138,32 +141,19 @@ def options_of(group: Group) -> tuple[Any, ...]:
     return group["beta1"] is None, *(group[name] for name in names)
 
 
-class Looked(NamedTuple):
-    """All that a plan depends on of its entries."""
+class Looks(NamedTuple):
+    """All that a plan depends on of entries."""
 
-    facts: tuple[object, ...]
-    kept: list[object]
-    guard: Guard
-
-    @classmethod
-    def at(cls, entries: list[Entry]) -> Looked:
-        facts, kept, tensors = _looks_of(entries)
-        return cls(facts, kept, Guard(tensors))
-
-    def holds(self, entries: list[Entry]) -> bool:
-        """Whether all is as it was."""
-        facts, kept, tensors = _looks_of(entries)
-        return facts == self.facts and are_same(kept, self.kept) and self.guard.holds(tensors)
+    facts: tuple[object, ...]  # their groups and what their options say, how DTensors are placed, what states have
+    kept: list[object]  # parameters and what is in their states, but numbers, as objects
+    tensors: list[Tensor]  # all these and gradients, with the pieces of DTensors, which do not say how they lie
 
 
-def _looks_of(entries: list[Entry]) -> tuple[tuple[object, ...], list[object], list[Tensor]]:
-    """The groups, what their options say, how DTensors are placed and what states have; parameters and what is in their states,
-    but numbers, as objects; and all these and gradients as tensors, with the pieces of DTensors, which do not say how they lie.
-    """
+def _looks_of(entries: list[Entry]) -> Looks:
     groups = {id(entry.group): entry.group for entry in entries}
     pieces = [(x.placements, address_of(x)) for _, x, *_ in entries if isinstance(x, DTensor)]
     names = [tuple(entry.state) for entry in entries]
     facts = [id(entry.group) for entry in entries], {at: options_of(group) for at, group in groups.items()}, pieces, names
     kept = [x for entry in entries for x in (entry.param, *entry.state.values()) if type(x) is not int]
     tensors = [x for entry in entries for x in (entry.param, entry.grad, *own_tensors(entry.state))]
-    return facts, kept, tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)]
+    return Looks(facts, kept, tensors + [x.to_local() for x in tensors if isinstance(x, DTensor)])

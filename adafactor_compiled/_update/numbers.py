@@ -91,12 +91,6 @@ def plain_numbers(group: Group, step: Any) -> Numbers:
     )
 
 
-def numbers_of_entry(entry: Entry) -> Numbers:
-    """Its numbers at its step count."""
-    step = entry.state["step"]
-    return plain_numbers(entry.group, step.to(entry.state["RMS"].dtype) if isinstance(step, Tensor) else step)
-
-
 def tables_of(entries: Sequence[Entry]) -> list[Tensor]:
     """The numbers of each entry, a vector on its device; made once for entries of one group at one step.
 
