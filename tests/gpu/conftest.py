@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import interpreter
 import pytest
 
+from adafactor_compiled._fused import forms
 from adafactor_compiled._fused import launches as fused
 from adafactor_compiled._fused.gpu import launches, layout
 
@@ -39,7 +40,7 @@ def in_parts(on_gpu: interpreter.Memory, monkeypatch: pytest.MonkeyPatch) -> Non
         "SHORTEST": (8, 16),
         "TILE_OF_COLUMNS": (2, 16),
         "TILE_OF_SLICES": 16,
-        "MOST_OF_SLICE": 16,
     }.items():
         monkeypatch.setattr(layout, name, value)
+    monkeypatch.setattr(forms, "MOST_OF_SLICE", 16)
     monkeypatch.setattr(launches, "LEAST_PARTIAL", 64)

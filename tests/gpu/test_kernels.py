@@ -14,8 +14,9 @@ from strategies import Group, Parameter, Problem, problems
 from torch import Tensor
 
 from adafactor_compiled import Adafactor
+from adafactor_compiled._fused.forms import MATRICES, SLICES
 from adafactor_compiled._fused.gpu import launches, layout
-from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS
+from adafactor_compiled._fused.gpu.layout import SHORT, VECTORS
 
 COMMON = settings(max_examples=25, suppress_health_check=[*HealthCheck])  # one fixture for all examples, which keep nothing
 

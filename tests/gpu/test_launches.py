@@ -14,8 +14,9 @@ from compilers import compiled_by, uncompiled
 from adafactor_compiled import Adafactor
 from adafactor_compiled._compile.toolchain import cause_of
 from adafactor_compiled._fused import launches as fused
+from adafactor_compiled._fused.forms import MATRICES, SLICES
 from adafactor_compiled._fused.gpu import launches, layout
-from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, kernels_of
+from adafactor_compiled._fused.gpu.layout import SHORT, VECTORS, kernels_of
 from adafactor_compiled._fused.pieces import COLUMNS, NEITHER, ROWS
 from adafactor_compiled._state.layout import contiguous_stride
 from adafactor_compiled._state.shape_class import ShapeClass

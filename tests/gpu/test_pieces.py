@@ -12,7 +12,8 @@ from parameters import params_of, set_gradients
 from simulated_ranks import CASES, Ranks
 
 from adafactor_compiled import Adafactor
-from adafactor_compiled._fused.gpu.layout import MATRICES, SLICES, VECTORS
+from adafactor_compiled._fused.forms import MATRICES, SLICES
+from adafactor_compiled._fused.gpu.layout import VECTORS
 from adafactor_compiled._fused.pieces import COUNT, STATISTICS
 
 WITH = {

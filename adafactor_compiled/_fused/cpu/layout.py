@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import torch
 
+from adafactor_compiled._fused.forms import MATRICES, SLICES, TWICE, VECTOR, form_of
 from adafactor_compiled._fused.pieces import COLUMNS, ROWS
-from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
+from adafactor_compiled._state.layout import cached, is_dense, same_layout
 from adafactor_compiled._state.moments import Momentum
 from adafactor_compiled._state.shape_class import ShapeClass
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-MATRIX, LANES, VECTOR, TWICE = range(4)  # kinds of members, as step.cpp has them
+KINDS = {kind: i for i, kind in enumerate((MATRICES, SLICES, VECTOR, TWICE))}  # as step.cpp has them
 LARGE = 262_144  # elements from which on all threads step a member: a smaller one stays in the second-level cache of one
 LEAST_GROUPS, MOST_GROUPS, GROUP = 8, 64, 524_288  # of rows of a matrix; elements of a group, where it is not one of the most
 BLOCK = 65_536  # elements of a block of rows, which stay in the second-level cache between two reads
 ROWS_OF_BLOCK = 512  # at most, since float32 adds them up
 PART = 65_536  # elements of a part of what is not in groups
 PARTS = 64  # at most
-MOST_OF_SLICE, LANE = 256, 16  # elements of a slice that are worth lanes; as many as a vector has, or a multiple
+LANE = 16  # slices or elements, as many as a vector has, or a multiple
 
 
 class Kernels(NamedTuple):
@@ -68,45 +67,25 @@ def _same(kernels: Kernels) -> Kernels:
 
 @cached
 def cut_of(of: ShapeClass, split: int | None = None) -> Cut | None:
-    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing.
-
-    Args:
-        of: a parameter, or a piece of one.
-        split: of a piece, what ranks split; it may be empty, of what is summed it has its share nevertheless.
-    """
-    momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
-    if of.device.type != "cpu" or not of.plain or not {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES):
+    """None for what has no kernels here, see `form_of`."""
+    form = form_of(of, split) if of.device.type == "cpu" else None
+    if form is None:
         return None
-    strides = (of.stride, of.grad_stride)
-    contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
-    if split in (ROWS, COLUMNS):
-        *lead, rows, columns = of.shape
-        slices = math.prod(lead)
-        return _matrix(slices, rows, columns) if contiguous and slices else None
-    if not of.numel:
-        return None if split is None else Cut(VECTOR, False, 1, 1, 0, 1, LANE, 0, 0, 0, 0, 0)
-    if not of.factored:
-        return _vector(VECTOR, of.numel) if contiguous else None
-    *lead, rows, columns = of.shape
-    slices = math.prod(lead)
-    if slices > 1 and rows == columns == 1:
-        return _vector(TWICE, slices) if contiguous else None
-    if slices > 1 and rows * columns <= MOST_OF_SLICE:
+    kind, slices, rows, columns, contiguous = form
+    if kind in (VECTOR, TWICE):
+        return _vector(KINDS[kind], columns)
+    if kind == SLICES:
         return _lanes(of, slices, contiguous)
-    transposed = (*contiguous_stride((*lead, columns, rows))[:-2], 1, rows)
-    if contiguous and columns > 1:
+    if contiguous and (columns > 1 or split in (ROWS, COLUMNS)):
         return _matrix(slices, rows, columns)
-    if all(same_layout(of.shape, x, transposed) for x in strides):  # a column alone is its transpose too
-        return _matrix(slices, columns, rows, swapped=True)
-    return None
+    return _matrix(slices, columns, rows, swapped=True)  # a column alone is its transpose too
 
 
 def _parts(numel: int, size: int, count: int, multiple: int = 1) -> tuple[int, int]:
     """How many parts of `count` units of `size` elements each, and how many units of a part."""
     parts = 1 if numel <= LARGE else min(PARTS, -(-numel // PART), count)
-    per = -(-count // parts)
-    per = -(-per // multiple) * multiple
-    return -(-count // per), per
+    per = max(1, -(-count // parts // multiple)) * multiple
+    return max(1, -(-count // per)), per
 
 
 def _vector(kind: int, numel: int) -> Cut:
@@ -123,7 +102,7 @@ def _lanes(of: ShapeClass, slices: int, contiguous: bool) -> Cut | None:
         if of.stride[1] != 1 or of.shape[1] == 1:
             return None
         strides = (of.shape[1], of.stride[0], of.stride[2], of.stride[3])
-    return Cut(LANES, False, slices, rows, columns, *_parts(of.numel, rows * columns, slices, LANE), 0, *strides)
+    return Cut(KINDS[SLICES], False, slices, rows, columns, *_parts(of.numel, rows * columns, slices, LANE), 0, *strides)
 
 
 def _matrix(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:
@@ -132,4 +111,4 @@ def _matrix(slices: int, rows: int, columns: int, swapped: bool = False) -> Cut:
     per = max(4, -(-rows // groups // 4) * 4)
     parts = slices * max(1, -(-rows // per))
     block = min(ROWS_OF_BLOCK, per, max(4, BLOCK // max(columns, 1) // 4 * 4))
-    return Cut(MATRIX, swapped, slices, rows, columns, parts, per, block, slices, 0, 0, 0)
+    return Cut(KINDS[MATRICES], swapped, slices, rows, columns, parts, per, block, slices, 0, 0, 0)

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.gpu.layout import MATRICES, SHORT, SLICES, VECTORS, Cut, Kernels, Layout, Room, Tables, cut_of
+from adafactor_compiled._fused.forms import MATRICES, SLICES
+from adafactor_compiled._fused.gpu.layout import SHORT, VECTORS, Cut, Kernels, Layout, Room, Tables, cut_of
 from adafactor_compiled._fused.pieces import ADDRESSES, COL, COUNT, EXP_AVG, ROW, STATISTICS, STEP, Piece
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, group_by_key
 from adafactor_compiled._state.moments import is_cautious

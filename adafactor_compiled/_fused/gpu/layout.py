@@ -9,13 +9,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from adafactor_compiled._fused.forms import MATRICES, SLICES, TWICE, VECTOR, form_of, power
 from adafactor_compiled._fused.pieces import COLUMNS, ROWS, Piece
-from adafactor_compiled._state.layout import cached, contiguous_stride, is_dense, same_layout
+from adafactor_compiled._state.layout import cached, is_dense
 from adafactor_compiled._state.moments import Momentum, is_cautious
 from adafactor_compiled._state.shape_class import ShapeClass
 
-MATRICES, VECTORS, SHORT, SLICES = "matrices", "vectors", "short vectors", "slices"
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+VECTORS, SHORT = "vectors", "short vectors"  # beside matrices and slices
 BLOCK_BYTES = 262_144  # of a gradient, in a block of rows: those that are being stepped stay in the second-level cache
 LEAST_ROWS, MOST_BLOCKS = 16, 512  # of a block, of a matrix: the sums of a block take two rows
 FEW_ROWS, WIDE = 2048, 4  # a matrix of fewer rows, `LEAST_ROWS` of which are more than 4 blocks, steps as its transpose
@@ -23,7 +23,6 @@ WIDEST = 1024  # columns of a tile
 TILE = {2: 4096, 4: 4096, 8: 2048}  # elements, by the bytes of one of a gradient
 CHUNK = 1024  # elements of a long vector
 SHORTEST = (1024, 4096)  # elements of a vector that one block of threads steps, at most
-MOST_OF_SLICE = 256  # elements
 TILE_OF_SLICES = 2048  # elements
 TILE_OF_COLUMNS = (32, 64)  # blocks and columns
 
@@ -87,56 +86,33 @@ def is_gpu(device: torch.device) -> bool:
 
 @cached
 def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
-    """None for what eager operations step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing.
-
-    Args:
-        of: a parameter, or a piece of one.
-        split: of a piece, what ranks split; it may be empty, of what is summed it has its share nevertheless.
-    """
-    momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
-    if not (is_gpu(of.device) and of.plain and {of.dtype, of.grad_dtype, momentum_dtype} <= set(DTYPES)):
+    """None for what has no kernels here, see `form_of`."""
+    form = form_of(of, split) if is_gpu(of.device) else None
+    if form is None:
         return None
-    strides = (of.stride, of.grad_stride)
-    contiguous = all(same_layout(of.shape, x, contiguous_stride(of.shape)) for x in strides)
+    kind, _, rows, columns, contiguous = form
 
     def kernels(kind: str, sixteens: bool, *shape: int) -> Kernels:
         return Kernels(kind, of.device, of.dtype, of.grad_dtype, of.momentum, of.rounding, split, sixteens, shape)
 
-    def matrices(transposed: bool, swapped: bool, rows: int, columns: int) -> Kernels:
-        if transposed:
-            return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True, swapped)
-        width = min(max(16, power(columns)), WIDEST)
-        tile_rows = TILE[of.grad_dtype.itemsize] // width
-        return kernels(MATRICES, columns % 16 == 0, tile_rows, width, columns <= width, False, swapped)
-
-    slices, rows, columns = _as_matrix(of) if of.factored else (1, 1, of.numel)
-    if split in (ROWS, COLUMNS):  # rows that are whole; else these are columns that are
-        swapped = split == COLUMNS
-        rows, columns = (columns, rows) if swapped else (rows, columns)
-        return matrices(swapped, swapped, rows, columns) if contiguous and slices and columns else None
-    if not of.numel:
-        return None if split is None else kernels(VECTORS, True, CHUNK, False)
-    if not of.factored or (slices > 1 and rows == columns == 1):
-        if not contiguous:
-            return None
-        short = split is None and of.numel <= SHORTEST[-1]
-        tile = next(most for most in SHORTEST if of.numel <= most) if short else CHUNK
-        return kernels(SHORT if short else VECTORS, of.numel % 16 == 0, tile, of.factored)
-    if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
-        if contiguous or (len(of.shape) <= 4 and is_dense(of.shape, of.stride)):
-            return kernels(SLICES, False, rows, columns, contiguous)
-        return None
-    transposed = (*contiguous_stride((*of.shape[:-2], columns, rows))[:-2], 1, rows)
-    if not contiguous and not all(same_layout(of.shape, x, transposed) for x in strides):
-        return None
+    if kind in (VECTOR, TWICE):
+        short = split is None and columns <= SHORTEST[-1]
+        tile = next(most for most in SHORTEST if columns <= most) if short else CHUNK
+        return kernels(SHORT if short else VECTORS, columns % 16 == 0, tile, kind == TWICE)
+    if kind == SLICES:
+        known = contiguous or (len(of.shape) <= 4 and is_dense(of.shape, of.stride))
+        return kernels(SLICES, False, rows, columns, contiguous) if known else None
     swapped = rows < FEW_ROWS and LEAST_ROWS * columns * of.grad_dtype.itemsize > WIDE * BLOCK_BYTES
-    if swapped:
-        rows, columns = columns, rows
-    return matrices(contiguous == swapped, swapped, rows, columns)
-
-
-def power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+    if split in (ROWS, COLUMNS):  # the kernels' rows are whole
+        swapped = split == COLUMNS
+    rows, columns = (columns, rows) if swapped else (rows, columns)
+    if not columns:
+        return None
+    if contiguous == swapped:
+        return kernels(MATRICES, rows % 16 == 0, 64, 64, False, True, swapped)
+    width = min(max(16, power(columns)), WIDEST)
+    height = TILE[of.grad_dtype.itemsize] // width
+    return kernels(MATRICES, columns % 16 == 0, height, width, columns <= width, False, swapped)
 
 
 def cut_of(kernels: Kernels, of: ShapeClass) -> Cut:
