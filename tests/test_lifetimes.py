@@ -124,6 +124,19 @@ def test_all_is_freed(path: str, options: dict[str, Any], use: Callable[[nn.Modu
         assert sum(x() is not None for x in references) == 0
 
 
+def test_a_step_under_a_scaler_keeps_nothing_of_what_was_stepped_before() -> None:
+    optimizer = Adafactor([nn.Parameter(torch.ones(4, 6, dtype=torch.float16))])
+    group, scaler = optimizer.param_groups[0], torch.amp.GradScaler("cpu", init_scale=2.0)
+    scaler.scale(group["params"][0].float().sum()).backward()
+    optimizer.step()
+    gone = weakref.ref(group["params"][0])
+    optimizer.state.clear()
+    group["params"][0] = nn.Parameter(torch.ones(4, 6, dtype=torch.float16))
+    scaler.scale(group["params"][0].float().sum()).backward()
+    scaler.step(optimizer)
+    assert gone() is None
+
+
 def test_ten_optimizers_that_step_in_backward_go_at_once() -> None:
     """By their last reference: were they left to the collector, they would step until it comes."""
     gc.disable()

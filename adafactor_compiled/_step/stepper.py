@@ -64,7 +64,7 @@ class Stepper:
             self._captured = True
         of_scaler = scaling.Scaling.of(optimizer)
         if of_scaler is not None:
-            entries = of_scaler.unscaled(entries)
+            entries, self._again = of_scaler.unscaled(entries), Again()  # nothing of what was stepped otherwise
         if torch.compiler.is_compiling():  # the plan is part of the graph, once and for all: neither guarded nor kept
             run(plan_of(entries, None), entries, None, exchanges_of(groups, []), True)
             return
