@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
+
+from adafactor_compiled._state.warn import warn
 
 if TYPE_CHECKING:
     from adafactor_compiled.adafactor import Adafactor
@@ -77,10 +78,9 @@ def _hook(owner: weakref.ref[Adafactor], group_index: int, i: int) -> Any:
     def step_and_free(param: Tensor) -> None:
         optimizer = owner()
         if optimizer is None:
-            warnings.warn(
+            warn(
                 "the optimizer that stepped this parameter in backward is gone, and its gradient stays; keep the optimizer or "
-                "its StepInBackward as long as it is to step, or call `remove()` before it goes",
-                stacklevel=2,
+                "its StepInBackward as long as it is to step, or call `remove()` before it goes"
             )
             return
         # By index: load_state_dict puts other groups in the place of these.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -14,6 +13,7 @@ from torch.nn import UninitializedParameter
 from adafactor_compiled._state import placements
 from adafactor_compiled._state.layout import compute_dtype, contiguous_stride, same_layout
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.warn import warn
 
 State = dict[str, Any]
 
@@ -91,7 +91,7 @@ def complete(state: State, param: Tensor, group: Group) -> None:
     for key in lost:
         del state[key]
     if lost and not torch.compiler.is_compiling() and state.get("step", 0) > 0:
-        warnings.warn("state on the meta device begins anew; load checkpoints once parameters have memory", stacklevel=2)
+        warn("state on the meta device begins anew; load checkpoints once parameters have memory")
     step = 0 if lost else state.get("step", 0)
     if isinstance(step, Tensor) and is_left_by_inference(step):
         step = step.clone()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ from torch.distributed.tensor import DTensor
 
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.warn import warn
 
 REMEDIES = {
     "_get_options": "set `beta1` for momentum; what has two dimensions or more is factored",
@@ -34,10 +34,9 @@ def check(name: str, value: object, own: Callable[..., Any]) -> None:
         return
     if name in REMEDIES:
         raise TypeError(f"`{name}` should not be overridden: steps do not call it; {REMEDIES[name]}")
-    warnings.warn(
+    warn(
         "`_get_lr` is overridden, and so steps take the reference path, one parameter at a time and uncompiled, which is "
-        "slower; to step compiled, set `lr` with `relative_step=False`, or use a learning-rate schedule",
-        stacklevel=3,
+        "slower; to step compiled, set `lr` with `relative_step=False`, or use a learning-rate schedule"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 
 import torch
@@ -14,6 +13,7 @@ from adafactor_compiled._fused.cpu.build import Unavailable
 from adafactor_compiled._fused.launches import is_ready, make_ready
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.warn import warn
 from adafactor_compiled._step.plan import Plan, plan_of
 
 
@@ -53,10 +53,9 @@ class Compilation:
             if any(group["fused"] for group in groups):
                 raise RuntimeError(f"`fused=True` needs kernels to be compiled but {cause}; {remedy}") from error
             self.fused = False
-            warnings.warn(
+            warn(
                 f"Adafactor steps without its fused kernels, since {cause}; {remedy}, or pass `compile=False`, which takes the "
-                "multi-tensor path without this warning",
-                stacklevel=7,  # past torch's wrappers of `step`
+                "multi-tensor path without this warning"
             )
         return self.fused
 
@@ -90,9 +89,8 @@ class Compilation:
         self.failed = True
         if not self.fused and not any(group["fused"] is False or group["foreach"] for group in groups):
             return False  # a warning of the same has just been given
-        warnings.warn(
+        warn(
             f"Adafactor steps without torch.compile, since {cause}; {remedy}, or pass `compile=False`, which takes the same "
-            "multi-tensor path without this warning",
-            stacklevel=7,  # past torch's wrappers of `step`
+            "multi-tensor path without this warning"
         )
         return False

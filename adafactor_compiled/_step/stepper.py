@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
@@ -12,6 +10,7 @@ from adafactor_compiled._sharded.exchanges import Exchanges, exchanges_of
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import forget_replaced
 from adafactor_compiled._state.options import Group
+from adafactor_compiled._state.warn import warn
 from adafactor_compiled._step import capture, scaling
 from adafactor_compiled._step.again import Again
 from adafactor_compiled._step.compilation import Compilation
@@ -42,7 +41,7 @@ class Stepper:
         """Say, where a CUDA graph has a step, that it has one of another state now."""
         if self._captured:
             self._captured = False
-            warnings.warn("the step should be captured again: a CUDA graph steps with the state from before", stacklevel=3)
+            warn("the step should be captured again: a CUDA graph steps with the state from before")
 
     def again(self, optimizer: Optimizer) -> bool:
         """Take the last step again, with other gradients and numbers; False, and nothing has changed, if it is another one."""

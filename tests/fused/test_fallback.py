@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import linecache
 import sys
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from adafactor_compiled import Adafactor
 from adafactor_compiled._fused import launches
 from adafactor_compiled._fused.cpu import build
 from adafactor_compiled._fused.cpu import launches as cpu
+from adafactor_compiled.step_in_backward import StepInBackward
 
 
 @pytest.fixture
@@ -55,6 +58,24 @@ def test_insisting_raises_and_nothing_has_changed(unavailable: list[int]) -> Non
     optimizer.param_groups[0]["fused"] = None
     optimizer.param_groups[0]["compile"] = False
     optimizer.step()
+
+
+BEGINNINGS: dict[str, Callable[[Adafactor], object]] = {
+    "step": lambda x: x.step(),
+    "warm_up": lambda x: x.warm_up(),
+    "step_parameter": lambda x: x.step_parameter(x.param_groups[0]["params"][0], x.param_groups[0], 0),
+    "StepInBackward": lambda x: StepInBackward(x),
+}
+
+
+@pytest.mark.usefixtures("unavailable")
+@pytest.mark.parametrize("name", BEGINNINGS)
+def test_the_warning_points_to_the_line_of_the_user(name: str) -> None:
+    with compiled_by(uncompiled), pytest.warns(UserWarning, match="steps without its fused kernels") as caught:
+        BEGINNINGS[name](Adafactor(parameters()))
+    (said,) = caught
+    assert said.filename == __file__
+    assert f'"{name}": lambda' in linecache.getline(__file__, said.lineno)
 
 
 def test_one_warning_and_the_compiled_path(unavailable: list[int]) -> None:
