@@ -21,7 +21,7 @@ from adafactor_compiled._fused.pieces import COL, EXP_AVG, RMS, ROW, G, P
 from adafactor_compiled._state.entries import Entry
 from adafactor_compiled._state.moments import State
 from adafactor_compiled._state.options import Group
-from adafactor_compiled._state.placements import Origin, address_of
+from adafactor_compiled._state.placements import Origin, address_of, piece_of
 from adafactor_compiled._state.shape_class import ShapeClass
 
 
@@ -97,26 +97,30 @@ def bytes_of(shape: Sequence[int], stride: Sequence[int], dtype: torch.dtype) ->
     return (1 + sum((size - 1) * step for size, step in zip(shape, stride, strict=True))) * dtype.itemsize
 
 
+def are_placed(members: Sequence[Member], params: Sequence[Any], grads: Sequence[Any]) -> bool:
+    """Whether what is placed is placed as it was, and gradients are as their parameters."""
+    for x, p, g in zip(members, params, grads, strict=True):
+        if x.placed is not None:
+            _, mesh, placements, address, *_ = x.placed
+            alike = type(p) is type(g) is DTensor and p.device_mesh is g.device_mesh is mesh
+            if not alike or p.placements != placements or g.placements != placements or address_of(p) != address:
+                return False
+    return True
+
+
 def of_this_rank(
     members: Sequence[Member], params: list[Tensor], grads: list[Tensor], states: list[State]
 ) -> tuple[list[Tensor], list[Tensor], list[State]]:
     """The same lists; of what is placed, the pieces of this rank.
 
     Raises:
-        LookupError: one is not placed as it was.
+        LookupError: a state lacks something.
     """
     params, grads, states = params[:], grads[:], states[:]
     for i, x in enumerate(members):
         if x.placed is not None:
-            wholes = [params[i], grads[i], *(states[i][name] for name in x.placed.names)]
-            params[i], grads[i], *of_state = _pieces(x.placed, wholes)
-            states[i] = {**states[i], **dict(zip(x.placed.names, of_state, strict=True))}
+            p, g, *of_state = (
+                piece_of(whole) for whole in (params[i], grads[i], *(states[i][name] for name in x.placed.names))
+            )
+            params[i], grads[i], states[i] = p, g, {**states[i], **dict(zip(x.placed.names, of_state, strict=True))}
     return params, grads, states
-
-
-def _pieces(x: Placed, wholes: list[Any]) -> list[Tensor]:
-    p, g, *_ = wholes
-    alike = all(type(whole) is DTensor for whole in wholes) and p.device_mesh is x.mesh and g.device_mesh is x.mesh
-    if not alike or p.placements != x.placements or g.placements != x.placements or address_of(p) != x.address:
-        raise LookupError("another placement")
-    return [whole.to_local() for whole in wholes]

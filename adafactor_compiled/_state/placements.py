@@ -27,10 +27,14 @@ class Split(Enum):
 
 
 def local(x: Tensor) -> Tensor:
-    """The piece of this rank; plain tensors are their own."""
-    if isinstance(x, DTensor):
-        x = x.to_local().detach()
-    return x.wait() if isinstance(x, AsyncCollectiveTensor) else x
+    """The piece of this rank, detached; plain tensors are their own."""
+    return piece_of(x).detach() if isinstance(x, DTensor) else x
+
+
+def piece_of(x: DTensor) -> Tensor:
+    """The piece of this rank, when what is sent has come."""
+    piece = x.to_local()
+    return piece.wait() if isinstance(piece, AsyncCollectiveTensor) else piece
 
 
 def address_of(param: DTensor) -> int:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from adafactor_compiled._fused.launches import skips_by_itself
-from adafactor_compiled._fused.members import Member, of_this_rank
+from adafactor_compiled._fused.members import Member, are_placed, of_this_rank
 from adafactor_compiled._fused.table import Found, Table
 from adafactor_compiled._sharded.exchanges import Exchanges
 from adafactor_compiled._sharded.step import Launched
@@ -99,10 +99,9 @@ class Again:
         if known is None or not known.is_of(groups):
             known = Known.of(groups)
         table, params, grads = plan.table, [x.param for x in entries], [x.grad for x in entries]
-        try:
-            local = of_this_rank(table.members, params, grads, [x.state for x in entries])
-        except LookupError:  # of a class of its own, say
+        if not are_placed(table.members, params, grads):  # of a class of its own, say
             return
+        local = of_this_rank(table.members, params, grads, [x.state for x in entries])
         for member, p, g, _ in zip(table.members, *local, strict=True):
             known.members[member.position] = member, Guard([p, g, *member.kept.values()])
         known.exchanges, known.together = exchanges, {}  # members of other plans, which may have been of another state
@@ -171,8 +170,10 @@ def _seen(known: Known, states_of: Mapping[Tensor, State]) -> Seen | None:
         if together is None or rows is None:
             return None
         table, local = together.table, (params, grads, states)
+        if table.sharded and not are_placed(table.members, params, grads):
+            return None
         tensors = table.tensors(*(of_this_rank(table.members, *local) if table.sharded else local))
-    except LookupError:  # a state lacks something, or a piece is placed otherwise
+    except LookupError:  # a state lacks something
         return None
     count = len(positions)
     if not are_same(tensors[2 * count :], table.kept) or not together.guard.holds(tensors):
@@ -186,12 +187,14 @@ def _together_anew(
     """Members that have not stepped together yet; None where one is not known, or not as it was.
 
     Raises:
-        LookupError: a state lacks something, or a piece is placed otherwise.
+        LookupError: a state lacks something.
     """
     found = [known.members[i] for i in positions if i in known.members]
     if not found or len(found) < len(positions):
         return None
     members = [member for member, _ in found]
+    if not are_placed(members, params, grads):
+        return None
     local = of_this_rank(members, params, grads, states)
     for (member, guard), p, g, state in zip(found, *local, strict=True):
         if not guard.holds([p, g, *member.kept_in(state)]):

@@ -116,6 +116,24 @@ def test_gradients_placed_otherwise(ranks):
     ranks(2).run(check_gradients_placed_otherwise)
 
 
+def check_gradients_of_a_mesh_of_the_same_ranks() -> None:
+    mesh, named = mesh_of((2,)), mesh_of((2,), ("dp",))
+    for mode in (EAGER, FUSED):
+        param = nn.Parameter(distribute_tensor(torch.linspace(-1, 1, 24).view(6, 4), mesh, [Shard(0)]))
+        whole = nn.Parameter(param.full_tensor().detach().clone())
+        optimizer, reference = Adafactor([param], **mode), Adafactor([whole], foreach=False)
+        for step, of_grad in enumerate([mesh, named, named, mesh, named]):
+            whole.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+            param.grad = distribute_tensor(whole.grad.clone(), of_grad, [Shard(0)], src_data_rank=None)
+            optimizer.step()
+            reference.step()
+        assert_same(optimizer, reference, [param], [whole])
+
+
+def test_gradients_of_a_mesh_of_the_same_ranks(ranks):
+    ranks(2).run(check_gradients_of_a_mesh_of_the_same_ranks)
+
+
 VARIATIONS: list[dict[str, Any]] = [
     {"factor_dims": "largest", "beta2_cap": 0.5, "beta1": 0.9},
     {"min_dim_size_to_factor": 4, "decay_offset": 1, "weight_decay": 0.1, "weight_decay_scale": "none"},
