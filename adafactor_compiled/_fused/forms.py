@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -24,16 +25,13 @@ class Form(NamedTuple):
     contiguous: bool = True  # else matrices are transposes of such, and slices lie in any way
 
 
-def power(n: int) -> int:
-    return 1 << (n - 1).bit_length()
-
-
-def form_of(of: ShapeClass, split: int | None) -> Form | None:
+def form_of(of: ShapeClass, split: int | None, padded: Callable[[int], int] = int) -> Form | None:
     """None for what operations of torch step: subclasses, strides that no kernel knows, dtypes other than `DTYPES`, nothing.
 
     Args:
         of: a parameter, or a piece of one.
         split: of a piece, what ranks split; it may be empty, of what is summed it has its share nevertheless.
+        padded: what a side of a slice takes in a tile.
     """
     momentum_dtype = torch.float32 if of.momentum is None else of.momentum.dtype
     if not of.plain or not {of.dtype, of.grad_dtype, momentum_dtype} <= DTYPES:
@@ -47,7 +45,7 @@ def form_of(of: ShapeClass, split: int | None) -> Form | None:
         return None if split is None else Form(VECTOR, 1, 1, 0)
     if not of.factored or (slices > 1 and rows == columns == 1):
         return Form(TWICE if of.factored else VECTOR, 1, 1, of.numel) if contiguous else None
-    if slices > 1 and power(rows) * power(columns) <= MOST_OF_SLICE:
+    if slices > 1 and padded(rows) * padded(columns) <= MOST_OF_SLICE:
         return Form(SLICES, slices, rows, columns, contiguous)
     transposed = (*contiguous_stride((*lead, columns, rows))[:-2], 1, rows)
     if contiguous or all(same_layout(of.shape, x, transposed) for x in strides):

@@ -56,6 +56,14 @@ class Plan(NamedTuple):
         """What launches run."""
         return [] if self.table is None else [launch.kernels for launch in self.table.launches]
 
+    def eager(self, compiles: bool) -> list[Part]:
+        """What operations of torch step one after the other; where nothing runs compiled, also what would."""
+        members: dict[tuple[str, ShapeClass], list[int]] = {}
+        for path, of, positions in self.parts:
+            if path in ("multi_tensor", "reference") or (path == "compiled" and not compiles):
+                members.setdefault(("reference" if path == "reference" else "multi_tensor", of), []).extend(positions)
+        return [Part(path, of, sorted(positions)) for (path, of), positions in members.items()]
+
     def is_for(self, looks: Looks) -> bool:
         """Whether all that it depends on is as it was."""
         if self.looked_at is None or is_left_by_inference(self.update_rms[0]):

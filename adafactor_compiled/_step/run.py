@@ -29,7 +29,6 @@ from adafactor_compiled._update import multi_tensor, reference
 from adafactor_compiled._update.members import one_by_one
 from adafactor_compiled._update.rounding import draws_of_entries
 
-EAGER = {"multi_tensor", "reference"}
 Measured = list[tuple[Sequence[int], Tensor]]  # positions of k entries, and the RMS of each and of its update, [2, k]
 
 
@@ -63,8 +62,7 @@ def run(
     inputs = Inputs(seen, _draws_of(plan, entries))
     finite, at_once = _run_fused(plan, inputs, addresses, exchanges)
     measured = _run_calls(plan, inputs) if compiles else []
-    eager = EAGER if compiles else {*EAGER, "compiled"}
-    measured += _run_parts([x for x in plan.parts if x.path in eager], plan, inputs)
+    measured += _run_parts(plan.eager(compiles), plan, inputs)
     _keep_measured(measured, plan, inputs)
     for i in at_once:
         entries[i].state["step"] -= 1
@@ -123,12 +121,11 @@ def _run_calls(plan: Plan, inputs: Inputs) -> Measured:
 def _run_parts(parts: Sequence[Part], plan: Plan, inputs: Inputs) -> Measured:
     """Step parts eagerly, or in an outer graph; the reference path puts what it measures where it is kept."""
     measured: Measured = []
-    by_kind = group_by_key((x.path == "reference", x.shape_class.device, compute_dtype(x.shape_class.dtype)) for x in parts)
-    for (alone, _, _), chosen in by_kind.items():
+    by_kind = group_by_key((x.path, x.shape_class.device, compute_dtype(x.shape_class.dtype)) for x in parts)
+    for (path, _, _), chosen in by_kind.items():
         some = [parts[j] for j in chosen]
-        path = "reference" if alone else "multi_tensor"
         with range_of(some[0].shape_class, sum(len(x.positions) for x in some), path):
-            together = group_by_key(not alone and not one_by_one(x.shape_class, len(x.positions)) for x in some)
+            together = group_by_key(path == "multi_tensor" and not one_by_one(x.shape_class, len(x.positions)) for x in some)
             at_once = [some[j] for j in together.get(True, [])]
             if at_once:
                 classes = [inputs.members(x.shape_class, x.positions) for x in at_once]

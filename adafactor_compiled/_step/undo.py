@@ -67,7 +67,7 @@ def put_back(kept: list[Kept | None], finite: list[Tensor | None]) -> list[Tenso
     skipped: list[Tensor | None] = [None] * len(kept)
     for i, (x, whole) in enumerate(zip(kept, finite, strict=True)):
         if x is not None:
-            stays = x.stays if whole is None else whole
+            stays = x.stays if whole is None else x.stays & whole
             for tensor, before in zip(x.tensors, x.before, strict=True):
                 tensor.copy_(torch.where(stays, tensor, before))
             skipped[i] = ~stays

@@ -45,11 +45,15 @@ KINDS: dict[str, tuple[int, list[tuple[int, ...]], str]] = {
     "large slices of large matrices": (MATRICES, [(3, 600, 501)], "contiguous"),
     "kernels of convolutions": (
         SLICES,
-        [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (5, 2, 1, 3), (9, 2, 16, 16)],
+        [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (5, 2, 1, 3), (9, 2, 16, 16), (3, 4, 9, 17)],
         "contiguous",
     ),
     "large kernels of convolutions": (SLICES, [(130, 257, 3, 3), (130, 90, 5, 5)], "contiguous"),
-    "channels-last kernels": (SLICES, [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (3, 37, 2, 5)], "channels_last"),
+    "channels-last kernels": (
+        SLICES,
+        [(16, 8, 3, 3), (7, 5, 3, 3), (4, 3, 7, 7), (3, 37, 2, 5), (3, 4, 9, 17)],
+        "channels_last",
+    ),
     "large channels-last kernels": (SLICES, [(130, 257, 3, 3)], "channels_last"),
     "vectors": (VECTOR, [(), (1,), (17,), (5000,), (70_001,)], "contiguous"),
     "large vectors": (VECTOR, [(600_011,)], "contiguous"),

@@ -95,6 +95,17 @@ def test_members_of_different_groups_share_a_class() -> None:
     assert [part.positions for part in step(params, optimizer).parts] == [[0, 1, 2], [3]]
 
 
+def test_where_nothing_is_compiled_a_class_is_one_part() -> None:
+    params = [torch.ones(4, 6, requires_grad=True) for _ in range(4)]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer = Adafactor([{"params": params[::2], "foreach": True}, {"params": params[1::2], "compile": False}])
+    plan = plan_of(entries_of(optimizer.param_groups, optimizer.state), None)
+    assert [(part.path, part.positions) for part in plan.parts] == [("compiled", [0, 1]), ("multi_tensor", [2, 3])]
+    assert [part.positions for part in plan.eager(compiles=True)] == [[2, 3]]
+    assert [part.positions for part in plan.eager(compiles=False)] == [[0, 1, 2, 3]]
+
+
 # Numbers are data: none of these is a reason to group again.
 KEEPS: dict[str, Any] = {
     "lr": 5e-4,

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from adafactor_compiled._fused.forms import MATRICES, SLICES, TWICE, VECTOR, form_of, power
+from adafactor_compiled._fused.forms import MATRICES, SLICES, TWICE, VECTOR, form_of
 from adafactor_compiled._fused.pieces import COLUMNS, ROWS, Piece
 from adafactor_compiled._state.layout import cached, is_dense
 from adafactor_compiled._state.moments import Momentum, is_cautious
@@ -80,6 +80,10 @@ class Room(NamedTuple):
     sums: Tensor  # float64
 
 
+def power(n: int) -> int:
+    return 1 << (n - 1).bit_length()
+
+
 def is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
@@ -87,7 +91,7 @@ def is_gpu(device: torch.device) -> bool:
 @cached
 def kernels_of(of: ShapeClass, split: int | None = None) -> Kernels | None:
     """None for what has no kernels here, see `form_of`."""
-    form = form_of(of, split) if is_gpu(of.device) else None
+    form = form_of(of, split, power) if is_gpu(of.device) else None
     if form is None:
         return None
     kind, _, rows, columns, contiguous = form

@@ -8,10 +8,10 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from adafactor_compiled._fused.forms import MATRICES, SLICES, power
+from adafactor_compiled._fused.forms import MATRICES, SLICES
 from adafactor_compiled._fused.gpu import layout
 from adafactor_compiled._fused.gpu.common import finish, put
-from adafactor_compiled._fused.gpu.layout import SHORT, Kernels, Room, Tables, slices_of_a_block
+from adafactor_compiled._fused.gpu.layout import SHORT, Kernels, Room, Tables, power, slices_of_a_block
 from adafactor_compiled._fused.gpu.matrices import apply_matrix, column_means, matrix_columns, matrix_statistics
 from adafactor_compiled._fused.gpu.slices import step_slices
 from adafactor_compiled._fused.gpu.vectors import step_vectors
