@@ -97,7 +97,9 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         complete(entry.state, entry.param, entry.group)
     inline = torch.compiler.is_compiling()
     update_rms = [torch.zeros_like(entry.state["RMS"]) for entry in entries]
-    routes = [_route_of(x, rms, fused, i in apart) for i, (x, rms) in enumerate(zip(entries, update_rms, strict=True))]
+    seen = [with_dims_last(x) for x in entries]
+    of_entries = enumerate(zip(entries, seen, update_rms, strict=True))
+    routes = [_route_of(x, as_seen, rms, fused, i in apart) for i, (x, as_seen, rms) in of_entries]
     members = [x.member for x in routes if x.member is not None]
     looked_at = None
     if entries and not inline and type(update_rms[0]) is type(entries[0].state["RMS"]):
@@ -111,14 +113,14 @@ def plan_of(entries: list[Entry], last: Plan | None, fused: bool = True, apart: 
         Table(members) if members else None,
         calls_of((x.shape_class, x.positions) for x in parts if x.path == "compiled"),
         [i for i, x in enumerate(routes) if x.path == "sharded"],
-        [i for i, x in enumerate(entries) if with_dims_last(x) is not x],
+        [i for i, x in enumerate(entries) if seen[i] is not x],
         update_rms,
     )
 
 
-def _route_of(entry: Entry, update_rms: Tensor, fused: bool, apart: bool) -> Route:
-    """The route of an entry that was checked; `apart`, it steps alone."""
-    inline, seen, path = torch.compiler.is_compiling(), with_dims_last(entry), path_of(entry.group, entry.param)
+def _route_of(entry: Entry, seen: Entry, update_rms: Tensor, fused: bool, apart: bool) -> Route:
+    """The route of an entry that was checked, `seen` with rows and columns last; `apart`, it steps alone."""
+    inline, path = torch.compiler.is_compiling(), path_of(entry.group, entry.param)
     of = class_of(seen)
     if path == "sharded":
         wanted = fused and path_of(entry.group) == "fused" and seen is entry and not (apart or inline)

@@ -37,8 +37,10 @@ def kept_of(
         by_themselves: the positions of those whose kernels skip.
         overflowed: whether any gradient did, 0-dim, where that is not known on the host.
     """
-    devices = set() if overflowed is None else {entry.param.device for entry in entries}
-    no_overflow = {device: ~overflowed.to(device, non_blocking=True) for device in devices if overflowed is not None}
+    no_overflow: dict[torch.device, Tensor] = {}
+    if overflowed is not None:
+        for device in {entry.param.device for entry in entries}:
+            no_overflow[device] = ~overflowed.to(device, non_blocking=True)
     kept: list[Kept | None] = []
     for i, ((_, param, grad, state, group), rms) in enumerate(zip(entries, update_rms, strict=True)):
         stays = no_overflow.get(param.device)
